@@ -1,0 +1,1 @@
+"""imagefarm: submit prompts to a render farm, follow them, fetch the pictures."""

@@ -1,0 +1,1 @@
+"""What the API, the workers and the client agree on. Imports neither `api` nor `worker`."""

@@ -1,0 +1,235 @@
+"""Every change of a job's state, as guarded verbs. Nothing else in the tree writes `job.state`.
+
+Each UPDATE names the states it leaves; where a worker speaks, it also names the worker's random `lease_token`, so a
+late word of a worker that was given up changes nothing (the fence). Counters, attempts and the webhook outbox are
+written in the same statement. All times are the database's. The verbs and their moves are data in `shared.states`.
+
+Every function takes an open connection and leaves the transaction to its caller.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from shared.lifecycle import statements
+from shared.states import POLICY, Outcome, State
+
+#: counter rows of one batch, so that finishing workers seldom meet
+SHARDS = 16
+#: rows that one statement of a mass move touches at most
+CHUNK = 5_000
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """A job that is now ours, with what is needed to render and store it."""
+
+    id: int
+    batch_id: int
+    idx: int
+    tenant_id: int
+    model: str
+    attempt: int
+    lost_count: int
+    cancel_requested: bool
+    prompt: str
+    seed: int
+    overrides: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is recorded of a stored image. `seconds` is its share of the pass."""
+
+    job_id: int
+    key: str
+    sha256: bytes
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one attempt ended without an image."""
+
+    job_id: int
+    outcome: Outcome
+    error_class: str
+    detail: str
+
+
+def _shard() -> int:
+    return random.randrange(SHARDS)
+
+
+def claim(
+    connection: Connection, model: str, *, worker: str, token: uuid.UUID, lease_seconds: float, limit: int
+) -> list[ClaimedJob]:
+    """Lease the head job of a model's queue and up to `limit - 1` jobs of the same batch key, in claim order.
+
+    `token` is drawn by the caller, who can therefore find the claim again (`claimed`) when the answer to the commit
+    was lost. A job without a batch key is claimed alone.
+    """
+    values = {
+        "model": model,
+        "worker": worker,
+        "token": token,
+        "lease": lease_seconds,
+        "mates": limit - 1,
+        "shard": _shard(),
+    }
+    return [ClaimedJob(*row) for row in connection.execute(statements.CLAIM, values)]
+
+
+def claimed(connection: Connection, token: uuid.UUID) -> list[ClaimedJob]:
+    """The jobs that this token holds: what a claim got whose answer never came."""
+    return [ClaimedJob(*row) for row in connection.execute(statements.CLAIMED, {"token": token})]
+
+
+def extend(
+    connection: Connection, ids: Sequence[int], tokens: Sequence[uuid.UUID], *, lease_seconds: float
+) -> set[int]:
+    """Heartbeat: renew the lease of these jobs in one statement. Returns those that are still ours."""
+    values = {"ids": list(ids), "tokens": list(tokens), "lease": lease_seconds}
+    return set(connection.execute(statements.EXTEND, values).scalars())
+
+
+def unwanted(connection: Connection, ids: Sequence[int]) -> set[int]:
+    """Which of these jobs somebody asked to cancel."""
+    return set(connection.execute(statements.UNWANTED, {"ids": list(ids)}).scalars())
+
+
+def succeed(connection: Connection, token: uuid.UUID, results: Sequence[Result]) -> set[int]:
+    """Record stored images, all in one statement. Returns the jobs whose result stands.
+
+    A job missing from the answer was lost (its lease is somebody else's) or is to be dropped (`drop`). A call repeated
+    after an ambiguous commit finds its own attempt rows and reports the same jobs again.
+    """
+    values = {
+        "token": token,
+        "ids": [r.job_id for r in results],
+        "keys": [r.key for r in results],
+        "hashes": [r.sha256 for r in results],
+        "facts": [r.facts for r in results],
+        "seconds": [r.seconds for r in results],
+        "shard": _shard(),
+    }
+    accepted = set(connection.execute(statements.SUCCEED, values).scalars())
+    missing = [r.job_id for r in results if r.job_id not in accepted]
+    if missing:
+        accepted |= set(connection.execute(statements.ALREADY_MINE, {"ids": missing, "token": token}).scalars())
+    return accepted
+
+
+def _give_up(
+    connection: Connection,
+    statement: Any,
+    token: uuid.UUID,
+    failures: Sequence[Failure],
+    delays: Sequence[float] | None = None,
+) -> set[int]:
+    values = {
+        "token": token,
+        "ids": [f.job_id for f in failures],
+        "outcomes": [str(f.outcome) for f in failures],
+        "classes": [f.error_class for f in failures],
+        "details": [f.detail for f in failures],
+        "delays": list(delays) if delays is not None else [0.0] * len(failures),
+        "shard": _shard(),
+    }
+    return set(connection.execute(statement, values).scalars())
+
+
+def fail(connection: Connection, token: uuid.UUID, failures: Sequence[Failure]) -> set[int]:
+    """Give these jobs up for good. Returns those that were still ours."""
+    return _give_up(connection, statements.FAIL, token, failures)
+
+
+def retry(connection: Connection, token: uuid.UUID, failures: Sequence[Failure], delays: Sequence[float]) -> set[int]:
+    """Let these jobs run again, each after its delay in seconds. Returns those that were still ours."""
+    return _give_up(connection, statements.RETRY, token, failures, delays)
+
+
+def release(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
+    """Put these jobs back as if they had not been claimed: the attempt does not count."""
+    return _give_up(
+        connection,
+        statements.RELEASE,
+        token,
+        [Failure(i, Outcome.INTERRUPTED, "interrupted", "the worker stopped") for i in ids],
+    )
+
+
+def drop(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
+    """End these jobs as canceled, as somebody asked while they were rendered."""
+    return _give_up(connection, statements.DROP, token, [Failure(i, Outcome.CANCELED, "canceled", "") for i in ids])
+
+
+def backoff(outcome: Outcome, attempt: int, retry_after: float | None = None) -> float | None:
+    """Seconds until the next try after attempt number `attempt` (from 1), or None where there is none.
+
+    Exponential with full jitter, never earlier than the other side asked.
+    """
+    policy = POLICY[outcome]
+    if attempt >= policy.tries:
+        return None
+    window = min(policy.base.total_seconds() * 2.0 ** (attempt - 1), policy.ceiling.total_seconds())
+    return max(random.uniform(0.1, 1.0) * window, retry_after or 0.0)
+
+
+def rescue(connection: Connection, *, limit: int = 500, workers: Sequence[str] = ()) -> list[tuple[str, State]]:
+    """Take back jobs whose lease ran out, and at once those of `workers` that are known to be dead.
+
+    They are queued again, alone in their pass; after the third loss they fail as `poison`. Returns (model, new state).
+    """
+    values = {
+        "limit": limit,
+        "losses": POLICY[Outcome.WORKER_LOST].tries,
+        "workers": list(workers),
+        "shard": _shard(),
+    }
+    return [(row.model, State(row.now)) for row in connection.execute(statements.RESCUE, values)]
+
+
+def promote(connection: Connection, *, limit: int = CHUNK) -> list[str]:
+    """Queue the scheduled jobs whose time has come. Returns their models."""
+    return list(connection.execute(statements.PROMOTE, {"limit": limit}).scalars())
+
+
+def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int) -> int:
+    values = {"batch": batch_id, "idx": idx, "limit": limit, "shard": _shard()}
+    return int(connection.execute(statement, values).scalar_one())
+
+
+def cancel(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
+    """Cancel up to `limit` waiting jobs of a batch (or its job `idx`) and flag the rendering ones for their worker.
+
+    Returns how many ended here; call again until it is 0.
+    """
+    moved = _move_chunk(connection, statements.CANCEL, batch_id, idx, limit)
+    connection.execute(statements.FLAG_RENDERING, {"batch": batch_id, "idx": idx})
+    return moved
+
+
+def hold(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
+    """Set waiting jobs aside, so that they do not stand at the head of a queue. Returns how many; call until 0."""
+    return _move_chunk(connection, statements.HOLD, batch_id, idx, limit)
+
+
+def resume(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
+    """Queue held jobs again. Returns how many; call until 0."""
+    return _move_chunk(connection, statements.RESUME, batch_id, idx, limit)
+
+
+def resubmit(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
+    """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0."""
+    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit)
+    if moved:
+        connection.execute(statements.REOPEN_BATCH, {"batch": batch_id})
+    return moved

@@ -1,0 +1,235 @@
+"""The SQL of the lifecycle: one statement for each verb, built from the tables in `shared.states`.
+
+Writable CTEs let a verb move rows, write the attempt, the outbox and the counters in one statement and one round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, BYTEA, DOUBLE_PRECISION, JSONB, TEXT, UUID
+
+from shared.states import MOVES, POISON, Outcome, State
+
+
+def _states(states: Iterable[State]) -> str:
+    return ", ".join(f"'{state}'" for state in sorted(states))
+
+
+def _leaves(verb: str) -> str:
+    return f"state IN ({_states(MOVES[verb].leaves)})"
+
+
+# The moved rows of a verb are (batch_id, was, now); these CTEs keep the counters equal to the rows.
+_COLUMNS = ", ".join(State)
+
+_DELTAS = ", ".join(
+    f"count(*) FILTER (WHERE now = '{s}') - count(*) FILTER (WHERE was = '{s}')" for s in State
+)  # fmt: skip
+
+_SUMS = ", ".join(f"{s} = c.{s} + EXCLUDED.{s}" for s in State)
+
+_TALLY = f"""
+  tally AS (
+    INSERT INTO batch_counter AS c (batch_id, shard, {_COLUMNS})
+    SELECT batch_id, :shard, {_DELTAS} FROM moved GROUP BY batch_id ORDER BY batch_id
+    ON CONFLICT (batch_id, shard) DO UPDATE SET {_SUMS})"""
+
+_OUTBOX = """
+  outbox AS (
+    INSERT INTO webhook_outbox (event, batch_id, job_id, payload)
+    SELECT 'job.' || m.now, m.batch_id, m.id, jsonb_build_object('index', m.idx)
+    FROM moved m JOIN batch b ON b.id = m.batch_id
+    WHERE b.webhook_url IS NOT NULL AND m.now IN ('succeeded', 'failed', 'canceled')
+    ON CONFLICT DO NOTHING)"""
+
+_ENDED = "lease_token = NULL, lease_expires_at = NULL"
+
+CLAIM = text(f"""
+WITH head AS MATERIALIZED (
+    SELECT id, batch_key FROM job WHERE {_leaves("claim")} AND model = :model
+    ORDER BY priority, vt, id LIMIT 1 FOR UPDATE SKIP LOCKED),
+  mates AS MATERIALIZED (
+    SELECT id FROM job
+    WHERE {_leaves("claim")} AND model = :model AND batch_key = (SELECT batch_key FROM head)
+      AND id <> (SELECT id FROM head)
+    ORDER BY priority, vt, id LIMIT :mates FOR UPDATE SKIP LOCKED),
+  picked AS MATERIALIZED (SELECT id FROM head UNION ALL SELECT id FROM mates),
+  moved AS (
+    UPDATE job j
+    SET state = '{State.RENDERING}', attempt = attempt + 1, claimed_by = :worker, claimed_at = clock_timestamp(),
+        lease_token = :token, lease_expires_at = clock_timestamp() + make_interval(secs => :lease)
+    FROM picked WHERE j.id = picked.id
+    RETURNING j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.priority, j.vt, j.attempt, j.lost_count,
+              j.cancel_requested, j.prompt, j.seed, j.overrides,
+              '{State.QUEUED}' AS was, '{State.RENDERING}' AS now),
+  started AS (
+    UPDATE batch SET started_at = clock_timestamp()
+    WHERE id IN (SELECT batch_id FROM moved) AND started_at IS NULL),{_TALLY}
+SELECT m.id, m.batch_id, m.idx, m.tenant_id, m.model, m.attempt, m.lost_count,
+       m.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, m.prompt, m.seed, m.overrides
+FROM moved m JOIN batch b ON b.id = m.batch_id ORDER BY m.priority, m.vt, m.id
+""")
+
+CLAIMED = text(f"""
+SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.attempt, j.lost_count,
+       j.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, j.prompt, j.seed, j.overrides
+FROM job j JOIN batch b ON b.id = j.batch_id
+WHERE j.state = '{State.RENDERING}' AND j.lease_token = :token ORDER BY j.priority, j.vt, j.id
+""")
+
+EXTEND = text(f"""
+UPDATE job SET lease_expires_at = clock_timestamp() + make_interval(secs => :lease)
+WHERE id = ANY(:ids) AND state = '{State.RENDERING}' AND lease_token = ANY(:tokens)
+RETURNING id
+""").bindparams(bindparam("ids", type_=ARRAY(BIGINT)), bindparam("tokens", type_=ARRAY(UUID(as_uuid=True))))
+
+UNWANTED = text("""
+SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id
+WHERE j.id = ANY(:ids) AND (j.cancel_requested OR b.cancel_requested_at IS NOT NULL)
+""").bindparams(bindparam("ids", type_=ARRAY(BIGINT)))
+
+SUCCEED = text(f"""
+WITH result AS (
+    SELECT * FROM unnest(:ids, :keys, :hashes, :facts, :seconds)
+    AS r (id, result_key, result_sha256, result, seconds) ORDER BY id),
+  moved AS (
+    UPDATE job j
+    SET state = '{State.SUCCEEDED}', result_key = r.result_key, result_sha256 = r.result_sha256, result = r.result,
+        finished_at = clock_timestamp(), {_ENDED}
+    FROM result r
+    WHERE j.id = r.id AND j.{_leaves("succeed")} AND j.lease_token = :token AND NOT j.cancel_requested
+    RETURNING j.id, j.batch_id, j.idx, j.attempt, j.claimed_by, j.claimed_at, r.seconds,
+              '{State.RENDERING}' AS was, '{State.SUCCEEDED}' AS now),
+  ended AS (
+    INSERT INTO attempt (job_id, lease_token, attempt, worker_id, started_at, outcome, gpu_seconds)
+    SELECT id, :token, attempt, claimed_by, claimed_at, '{Outcome.SUCCEEDED}', seconds FROM moved
+    ON CONFLICT DO NOTHING),{_OUTBOX},{_TALLY}
+SELECT id FROM moved
+""").bindparams(
+    bindparam("ids", type_=ARRAY(BIGINT)),
+    bindparam("keys", type_=ARRAY(TEXT)),
+    bindparam("hashes", type_=ARRAY(BYTEA)),
+    bindparam("facts", type_=ARRAY(JSONB)),
+    bindparam("seconds", type_=ARRAY(DOUBLE_PRECISION)),
+)
+
+ALREADY_MINE = text(f"""
+SELECT a.job_id FROM attempt a JOIN job j ON j.id = a.job_id
+WHERE a.job_id = ANY(:ids) AND a.lease_token = :token AND a.outcome = '{Outcome.SUCCEEDED}'
+  AND j.state = '{State.SUCCEEDED}'
+""").bindparams(bindparam("ids", type_=ARRAY(BIGINT)))
+
+
+def _unsuccessful(verb: str, enters: State, assignments: str) -> Any:
+    """One statement for the verbs by which a worker gives a job up; they differ in what they write."""
+    return text(f"""
+WITH failure AS (
+    SELECT * FROM unnest(:ids, :outcomes, :classes, :details, :delays)
+    AS f (id, outcome, error_class, error_detail, delay) ORDER BY id),
+  moved AS (
+    UPDATE job j SET state = '{enters}', {_ENDED}, {assignments}
+    FROM failure f WHERE j.id = f.id AND j.{_leaves(verb)} AND j.lease_token = :token
+    RETURNING j.id, j.batch_id, j.idx, j.attempt, j.claimed_by, j.claimed_at, f.outcome, f.error_class, f.error_detail,
+              '{State.RENDERING}' AS was, '{enters}' AS now),
+  ended AS (
+    INSERT INTO attempt (job_id, lease_token, attempt, worker_id, started_at, outcome, error_class, error_detail)
+    SELECT id, :token, attempt, claimed_by, claimed_at, outcome, error_class, error_detail FROM moved
+    ON CONFLICT DO NOTHING),{_OUTBOX},{_TALLY}
+SELECT id FROM moved
+""").bindparams(
+        bindparam("ids", type_=ARRAY(BIGINT)),
+        bindparam("outcomes", type_=ARRAY(TEXT)),
+        bindparam("classes", type_=ARRAY(TEXT)),
+        bindparam("details", type_=ARRAY(TEXT)),
+        bindparam("delays", type_=ARRAY(DOUBLE_PRECISION)),
+    )
+
+
+FAIL = _unsuccessful(
+    "fail", State.FAILED,
+    "error_class = f.error_class, error_detail = f.error_detail, finished_at = clock_timestamp()",
+)  # fmt: skip
+
+RETRY = _unsuccessful(
+    "retry", State.SCHEDULED,
+    "error_detail = f.error_detail, run_at = clock_timestamp() + make_interval(secs => f.delay)",
+)  # fmt: skip
+
+RELEASE = _unsuccessful("release", State.QUEUED, "attempt = j.attempt - 1")
+
+DROP = _unsuccessful("drop", State.CANCELED, "finished_at = clock_timestamp(), cancel_requested = true")
+
+RESCUE = text(f"""
+WITH lost AS MATERIALIZED (
+    SELECT id, lease_token,
+           CASE WHEN cancel_requested THEN '{State.CANCELED}'
+                WHEN lost_count + 1 >= :losses THEN '{State.FAILED}' ELSE '{State.QUEUED}' END AS now
+    FROM job
+    WHERE {_leaves("rescue")} AND (lease_expires_at < clock_timestamp() OR claimed_by = ANY(:workers))
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED),
+  moved AS (
+    UPDATE job j
+    SET state = lost.now, {_ENDED}, lost_count = j.lost_count + 1,
+        batch_key = NULL, -- from now on it is rendered alone: its mates shall not pay if it kills workers
+        finished_at = CASE WHEN lost.now <> '{State.QUEUED}' THEN clock_timestamp() END,
+        error_class = CASE WHEN lost.now = '{State.FAILED}' THEN '{POISON}' END,
+        error_detail = 'lost with worker ' || j.claimed_by
+    FROM lost WHERE j.id = lost.id
+    RETURNING j.id, j.batch_id, j.idx, j.model, j.attempt, j.claimed_by, j.claimed_at, lost.lease_token,
+              '{State.RENDERING}' AS was, lost.now),
+  ended AS (
+    INSERT INTO attempt (job_id, lease_token, attempt, worker_id, started_at, outcome, error_class, error_detail)
+    SELECT id, lease_token, attempt, claimed_by, claimed_at, '{Outcome.WORKER_LOST}', '{Outcome.WORKER_LOST}',
+           'its lease ran out' FROM moved
+    ON CONFLICT DO NOTHING),{_OUTBOX},{_TALLY}
+SELECT model, now FROM moved
+""").bindparams(bindparam("workers", type_=ARRAY(TEXT)))
+
+PROMOTE = text(f"""
+WITH due AS MATERIALIZED (
+    SELECT id FROM job WHERE {_leaves("promote")} AND run_at <= clock_timestamp()
+    ORDER BY run_at LIMIT :limit FOR UPDATE SKIP LOCKED),
+  moved AS (
+    UPDATE job j SET state = '{State.QUEUED}', run_at = NULL FROM due WHERE j.id = due.id
+    RETURNING j.batch_id, j.model, '{State.SCHEDULED}' AS was, '{State.QUEUED}' AS now),{_TALLY}
+SELECT model FROM moved
+""")
+
+
+def _mass_move(verb: str, enters: State, assignments: str) -> Any:
+    """One chunk of a move of a batch, or of one of its jobs, in order of id."""
+    return text(f"""
+WITH picked AS MATERIALIZED (
+    SELECT id, state FROM job
+    WHERE batch_id = :batch AND (CAST(:idx AS int) IS NULL OR idx = :idx) AND {_leaves(verb)}
+    ORDER BY id LIMIT :limit FOR UPDATE),
+  moved AS (
+    UPDATE job j SET state = '{enters}', {assignments} FROM picked WHERE j.id = picked.id
+    RETURNING j.id, j.batch_id, j.idx, picked.state AS was, '{enters}' AS now),{_OUTBOX},{_TALLY}
+SELECT count(*) FROM moved
+""")
+
+
+CANCEL = _mass_move("cancel", State.CANCELED, "run_at = NULL, finished_at = clock_timestamp()")
+
+HOLD = _mass_move("hold", State.HELD, "run_at = NULL")
+
+RESUME = _mass_move("resume", State.QUEUED, "run_at = NULL")
+
+RESUBMIT = _mass_move(
+    "resubmit", State.QUEUED,
+    "attempt = 0, lost_count = 0, cancel_requested = false, error_class = NULL, error_detail = NULL,"
+    " finished_at = NULL",
+)  # fmt: skip
+
+FLAG_RENDERING = text(f"""
+UPDATE job SET cancel_requested = true WHERE id IN (
+    SELECT id FROM job WHERE state = '{State.RENDERING}' AND batch_id = :batch
+      AND (CAST(:idx AS int) IS NULL OR idx = :idx) AND NOT cancel_requested
+    ORDER BY id FOR UPDATE)
+""")
+
+REOPEN_BATCH = text("UPDATE batch SET finished_at = NULL, cancel_requested_at = NULL WHERE id = :batch")

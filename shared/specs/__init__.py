@@ -1,0 +1,143 @@
+"""What a job asks for: one pydantic model for each backend, and the lookup by backend name.
+
+A spec holds everything that decides the pixels of ONE image. `shared/specs/<backend>.py` holds `Spec`; adding a kind of
+job is adding a file. Specs import pydantic and the standard library only, so the API validates without torch and
+without a living worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from shared.errors import CatalogueError, Fault
+
+MAX_PROMPT = 32_000
+MAX_SEED = 2**63 - 1
+
+
+def text_fault(text: str) -> str | None:
+    """Why `text` cannot be stored or rendered, or None."""
+    if "\x00" in text:
+        return "must not contain NUL characters"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "must be valid Unicode (it holds a lone surrogate)"
+    return None
+
+
+def _storable(text: str) -> str:
+    if fault := text_fault(text):
+        raise ValueError(fault)
+    return text
+
+
+#: text that PostgreSQL can store and a tokenizer can read
+Text = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_storable)]
+
+
+class Limits(BaseModel):
+    """What a model can do, from the catalogue. Sizes in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size_multiple: int = Field(8, ge=1)
+    min_size: int = Field(64, ge=1)
+    max_size: int = Field(2048, ge=1)
+    max_pixels: int = Field(2048 * 2048, ge=1)
+    max_steps: int = Field(150, ge=1)
+    max_prompt: int = Field(MAX_PROMPT, ge=1, le=MAX_PROMPT)
+    num_classes: int | None = Field(None, ge=1)
+    #: values that a hosted model takes, by field: `{size = ["auto", "1024x1024"], quality = ["low"]}`
+    choices: dict[str, list[str]] = Field(default_factory=dict)
+
+
+class RenderSpec(BaseModel):
+    """What every kind of job has: a prompt, a seed, and how the picture is encoded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=False)
+
+    #: fields that may differ between the images of one forward pass; all others are part of the batch key
+    PER_IMAGE: ClassVar[frozenset[str]] = frozenset(
+        {"prompt", "seed", "output_format", "output_quality", "output_metadata"}
+    )
+    #: whether the engine is steered by a seed at all
+    TAKES_SEED: ClassVar[bool] = True
+    #: whether an empty prompt makes sense
+    NEEDS_PROMPT: ClassVar[bool] = True
+
+    prompt: Text = ""
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of this image; drawn at random where none is given.")
+    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="Encoding of the stored image.")
+    output_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP; PNG is lossless.")
+    output_metadata: Literal["full", "none"] = Field(
+        "full", description="Whether the parameters are embedded in the image file."
+    )
+
+    @property
+    def work(self) -> float:
+        """Relative effort of this image, used for fairness: megapixels × steps, or 1 for a call."""
+        return 1.0
+
+    def faults(self, limits: Limits) -> list[Fault]:
+        """What is wrong with this spec for a model of these limits; pointers are relative to the spec."""
+        found = []
+        if len(self.prompt) > limits.max_prompt:
+            found.append(Fault("/prompt", "too-long", f"must have at most {limits.max_prompt} characters"))
+        if self.NEEDS_PROMPT and not self.prompt.strip():
+            found.append(Fault("/prompt", "empty", "must not be empty"))
+        return found
+
+    def batch_key(self, model: str, revision: str) -> int:
+        """Signed 64-bit hash of all that must be equal for two jobs to share one forward pass."""
+        shared = self.model_dump(exclude=set(self.PER_IMAGE), mode="json")
+        canonical = json.dumps([model, revision, shared], sort_keys=True, separators=(",", ":"))
+        return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], signed=True)
+
+
+def size_faults(width: int, height: int, limits: Limits) -> list[Fault]:
+    """Faults of an image size for a model that draws on a grid."""
+    found = []
+    for name, value in (("width", width), ("height", height)):
+        if value % limits.size_multiple:
+            below = max(limits.min_size, value // limits.size_multiple * limits.size_multiple)
+            found.append(
+                Fault(
+                    f"/{name}",
+                    "off-grid",
+                    f"must be a multiple of {limits.size_multiple}; {below} or {below + limits.size_multiple} would do",
+                )
+            )
+        if not limits.min_size <= value <= limits.max_size:
+            found.append(Fault(f"/{name}", "out-of-range", f"must be from {limits.min_size} to {limits.max_size}"))
+    if not found and width * height > limits.max_pixels:
+        found.append(Fault("/width", "too-large", f"width × height must be at most {limits.max_pixels} pixels"))
+    return found
+
+
+def backends() -> list[str]:
+    """The backends that have a spec, from the files in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@cache
+def spec_class(backend: str) -> type[RenderSpec]:
+    """The spec of a backend. Raises `CatalogueError` where there is none."""
+    if backend not in backends():
+        raise CatalogueError(f"backend {backend!r} is unknown; known are {', '.join(backends())}")
+    found: type[RenderSpec] = importlib.import_module(f"shared.specs.{backend}").Spec
+    return found
+
+
+def accepted_fields(backend: str) -> dict[str, Any]:
+    """JSON schema of each parameter that jobs of this backend accept."""
+    properties: dict[str, Any] = spec_class(backend).model_json_schema()["properties"]
+    return properties

@@ -1,0 +1,155 @@
+"""Stores a plan: one transaction, one COPY, whole or not at all; then the bell."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select, text
+from sqlalchemy.dialects import postgresql
+
+from shared import fairness
+from shared.database import transaction
+from shared.errors import Conflict, Fault, InvalidInput
+from shared.models import Batch, BatchCounter, IdempotencyKey
+from shared.plan import Plan, PlannedJob
+from shared.services import Services
+from shared.states import Priority
+from shared.tenants import TenantIdentity
+
+#: rows in one block of the COPY stream
+_BLOCK_ROWS = 2_000
+
+_COPY = "COPY job (batch_id, idx, tenant_id, model, priority, vt, batch_key, prompt, seed, overrides) FROM STDIN"
+#: what the text format of COPY escapes
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A client's name for this submission and the hash of its body."""
+
+    key: str
+    request_sha256: bytes
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The stored batch. `replayed` tells that an earlier call with the same idempotency key had made it."""
+
+    public_id: uuid.UUID
+    replayed: bool
+
+
+def submit(
+    services: Services,
+    tenant: TenantIdentity,
+    plan: Plan,
+    *,
+    name: str = "",
+    priority: Priority = Priority.NORMAL,
+    idempotency: Idempotency | None = None,
+) -> Submitted:
+    """Store the batch and its jobs, commit, then ring. A bell that cannot be rung never fails a submit.
+
+    Raises `Conflict` while an equal idempotency key is being used by another call, `InvalidInput` where the key was
+    used for another body, `Unavailable` where the database is out of reach.
+    """
+    model = plan.entry.name
+    with transaction(services.engine) as connection:
+        if idempotency and (earlier := _replay(connection, tenant.id, idempotency)):
+            return earlier
+        # a commit of its own: a long COPY must not hold the tenant's clock; losing it in a crash costs nothing
+        connection.execute(text("SET LOCAL synchronous_commit = off"))
+        vt = fairness.reserve(
+            connection,
+            model=model,
+            tenant_id=tenant.id,
+            priority=priority.rank,
+            work=plan.work,
+            weight=tenant.weight,
+        )
+    public_id = uuid.uuid4()
+    with transaction(services.engine) as connection:
+        connection.execute(text("SET LOCAL statement_timeout = '10min'"))
+        batch_id = connection.execute(
+            insert(Batch)
+            .values(
+                public_id=public_id,
+                tenant_id=tenant.id,
+                name=name,
+                model=model,
+                priority=priority.rank,
+                parameters=plan.parameters,
+                job_count=plan.job_count,
+            )
+            .returning(Batch.id)
+        ).scalar_one()
+        if idempotency and not _remember(connection, tenant.id, batch_id, idempotency):
+            connection.rollback()
+            if earlier := _replay(connection, tenant.id, idempotency):
+                return earlier
+            raise Conflict("a request with this Idempotency-Key is being handled; try again in a moment")
+        connection.execute(insert(BatchCounter).values(batch_id=batch_id, shard=0, queued=plan.job_count))
+        _copy_jobs(connection, plan, batch_id, tenant, priority, vt)
+    services.bell.ring([model], wanted=plan.job_count)
+    return Submitted(public_id, replayed=False)
+
+
+def _copy_jobs(
+    connection: Connection, plan: Plan, batch_id: int, tenant: TenantIdentity, priority: Priority, vt: float
+) -> None:
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+        for block in _blocks(plan, batch_id, tenant, priority, vt):
+            copy.write(block)
+
+
+def _blocks(plan: Plan, batch_id: int, tenant: TenantIdentity, priority: Priority, vt: float) -> Iterator[str]:
+    """The rows in COPY's text format. Written by hand: twice as fast as a call for each row."""
+    middle = f"\t{tenant.id}\t{plan.entry.name}\t{priority.rank}\t"
+    rows: list[str] = []
+    for idx, job in enumerate(plan.jobs()):
+        rows.append(
+            f"{batch_id}\t{idx}{middle}{vt!r}\t{job.batch_key}\t{_escape(job.prompt)}\t{job.seed}\t{_json(job)}\n"
+        )
+        vt += job.work / tenant.weight
+        if len(rows) == _BLOCK_ROWS:
+            yield "".join(rows)
+            rows.clear()
+    yield "".join(rows)
+
+
+def _escape(value: str) -> str:
+    return value.translate(_ESCAPES)
+
+
+def _json(job: PlannedJob) -> str:
+    return _escape(json.dumps(job.overrides)) if job.overrides else "\\N"
+
+
+def _replay(connection: Connection, tenant_id: int, idempotency: Idempotency) -> Submitted | None:
+    row = connection.execute(
+        select(Batch.public_id, IdempotencyKey.request_sha256)
+        .join(IdempotencyKey, IdempotencyKey.batch_id == Batch.id)
+        .where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.request_sha256 != idempotency.request_sha256:
+        detail = "this key was used for another request; a new request needs a new key"
+        raise InvalidInput([Fault("/Idempotency-Key", "idempotency-key-reused", detail)])
+    return Submitted(row.public_id, replayed=True)
+
+
+def _remember(connection: Connection, tenant_id: int, batch_id: int, idempotency: Idempotency) -> bool:
+    """Claim the key for this batch. Waits (up to the lock time-out) for another call that holds it."""
+    statement = (
+        postgresql.insert(IdempotencyKey)
+        .values(tenant_id=tenant_id, key=idempotency.key, request_sha256=idempotency.request_sha256, batch_id=batch_id)
+        .on_conflict_do_nothing()
+    )
+    return connection.execute(statement).rowcount == 1

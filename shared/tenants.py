@@ -1,0 +1,55 @@
+"""Tenants and their API keys. A key is shown once; the database keeps a prefix to find it and a SHA-256 to prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects.postgresql import insert
+
+from shared.models import ApiKey, Tenant
+
+_KEY = re.compile(r"imf_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
+_NOBODY = hashlib.sha256(b"no such key").digest()
+
+
+@dataclass(frozen=True)
+class TenantIdentity:
+    """Whom a request speaks for."""
+
+    id: int
+    name: str
+    weight: float
+
+
+def ensure_tenant(connection: Connection, name: str, weight: float = 1.0) -> int:
+    """The id of the tenant of this name, made if need be."""
+    connection.execute(insert(Tenant).values(name=name, weight=weight).on_conflict_do_nothing())
+    return connection.execute(select(Tenant.id).where(Tenant.name == name)).scalar_one()
+
+
+def create_key(connection: Connection, tenant_id: int, name: str) -> str:
+    """A new key for a tenant, in clear. This is the only time that it can be seen."""
+    prefix = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
+    key = f"imf_{prefix}_{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(key.encode()).digest()
+    connection.execute(insert(ApiKey).values(tenant_id=tenant_id, name=name, prefix=prefix, sha256=digest))
+    return key
+
+
+def authenticate(connection: Connection, key: str) -> TenantIdentity | None:
+    """The tenant of a key, or None. Takes the same path for unknown, wrong and revoked keys."""
+    match = _KEY.fullmatch(key)
+    row = connection.execute(
+        select(Tenant.id, Tenant.name, Tenant.weight, ApiKey.sha256)
+        .join(ApiKey, ApiKey.tenant_id == Tenant.id)
+        .where(ApiKey.prefix == (match[1] if match else ""), ApiKey.revoked_at.is_(None))
+    ).one_or_none()
+    expected = row.sha256 if row else _NOBODY
+    if not hmac.compare_digest(hashlib.sha256(key.encode()).digest(), expected) or row is None:
+        return None
+    return TenantIdentity(row.id, row.name, row.weight)
