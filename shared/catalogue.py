@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from shared.errors import CatalogueError, Fault, InvalidInput, UnknownModel
+from shared.faults import faults_of
 from shared.specs import Limits, RenderSpec, spec_class
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -94,23 +95,13 @@ class ModelEntry(BaseModel):
         try:
             spec = spec_class(self.backend).model_validate({**self.defaults, **parameters})
         except ValidationError as error:
-            faults = [self._fault(pointer, fault) for fault in error.errors(include_url=False, include_input=False)]
-            raise InvalidInput(faults) from None
+            raise InvalidInput(faults_of(error, self._accepted, of=self.name, base=pointer)) from None
         found = spec.faults(self.limits)
         if not spec.TAKES_SEED and "seed" in parameters:
             found.append(Fault("/seed", "not-accepted", "this model draws its own seeds; leave it out"))
         if found:
             raise InvalidInput([Fault(pointer + f.pointer, f.code, f.detail) for f in found])
         return spec
-
-    def _fault(self, pointer: str, fault: Mapping[str, Any]) -> Fault:
-        where = "".join(f"/{part}" for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            name = str(fault["loc"][0])
-            close = difflib.get_close_matches(name, self._accepted, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"this model takes {', '.join(self._accepted)}"
-            return Fault(pointer + where, "unknown-field", f"{name} is not a parameter of {self.name}; {hint}")
-        return Fault(pointer + where, fault["type"].replace("_", "-"), fault["msg"].removeprefix("Value error, "))
 
 
 class Catalogue(Mapping[str, ModelEntry]):

@@ -5,14 +5,19 @@ FarmError
 ├── CatalogueError         the model catalogue is wrong (names the model and the field)
 ├── InvalidInput           a request that can never be right; carries one `Fault` per field
 │   └── UnknownModel
+├── Unauthenticated        no API key, or one that is not (or no longer) known
 ├── NotFound               no such thing for this tenant
 ├── Conflict               right in itself, but not in the present state
+│   ├── InProgress            an equal request is being handled right now
+│   └── NotReady              there is no image (yet)
 ├── Unavailable            a part of the farm is out of reach; try again later
 ├── Lost                   the lease is gone: somebody else owns the job now
 ├── StorageError
 │   ├── StorageUnavailable    may pass by itself
 │   ├── StorageMisconfigured  bucket, keys or folder are wrong: an operator must act
 │   └── ObjectMissing
+├── LinkRefused            a signed link to a stored file was altered
+│   └── LinkExpired           … or is too old
 ├── RenderError            how an attempt ended; `outcome` selects the policy
 │   ├── Transient          (retry_after)
 │   ├── OutOfMemory
@@ -83,6 +88,12 @@ class UnknownModel(InvalidInput):
     code = "unknown-model"
 
 
+class Unauthenticated(FarmError):
+    """This needs a valid API key, sent as `Authorization: Bearer imf_…`."""
+
+    code = "unauthenticated"
+
+
 class NotFound(FarmError):
     """There is no such thing here."""
 
@@ -93,6 +104,18 @@ class Conflict(FarmError):
     """The request does not fit the present state."""
 
     code = "conflict"
+
+
+class InProgress(Conflict):
+    """An equal request is being handled. Try again in a moment."""
+
+    code = "idempotency-in-progress"
+
+
+class NotReady(Conflict):
+    """This job has no image."""
+
+    code = "not-ready"
 
 
 class Unavailable(FarmError):
@@ -129,6 +152,18 @@ class ObjectMissing(StorageError):
     """There is no object under this key."""
 
     code = "object-missing"
+
+
+class LinkRefused(FarmError):
+    """This link was not made by this farm, or was altered."""
+
+    code = "link-refused"
+
+
+class LinkExpired(LinkRefused):
+    """This link is too old; ask the farm for a new one."""
+
+    code = "link-expired"
 
 
 class RenderError(FarmError):

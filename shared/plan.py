@@ -9,10 +9,8 @@ from typing import Any
 
 from shared.catalogue import ModelEntry
 from shared.errors import Fault, InvalidInput
+from shared.faults import MAX_FAULTS
 from shared.specs import MAX_SEED, RenderSpec, text_fault
-
-#: faults listed in one answer
-MAX_FAULTS = 100
 
 #: seeds drawn by us stay in 32 bits, which every tool of the field can show and take back
 _DRAWN_SEEDS = 2**32
@@ -106,6 +104,8 @@ class _Checker:
 
     def texts(self, prompts: Sequence[Any]) -> list[_Wanted]:
         """Plain prompts differ in nothing else, so the shared spec is checked once and each text by itself."""
+        if "prompt" in self._parameters:
+            self._add(Fault("/parameters/prompt", "not-accepted", "the prompts are those of /prompts"))
         sample = next((p for p in prompts if isinstance(p, str) and p.strip() and not text_fault(p)), "")
         limit = self._entry.limits.max_prompt
         try:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: the one Celery task of the farm
 DRAIN_TASK = "imagefarm.drain"
-#: bells that may wait for one model at a time: enough to wake every idle worker, never a heap
-MAX_BELLS = 32
+#: bells that may wait for one model at a time; a worker that wakes to a full queue rings on, so few suffice for many
+MAX_BELLS = 8
 
 _TIMEOUT_SECONDS = 0.25
 #: how long a failure keeps us from trying again, so that a dead Redis costs one time-out, not one a submit

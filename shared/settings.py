@@ -111,9 +111,12 @@ class Settings(BaseSettings):
     #: encode-and-upload threads of one worker
     upload_threads: int = Field(4, ge=1, le=64)
 
+    #: models that this worker serves, separated by commas; empty means all of the catalogue
+    worker_models: str = ""
+    #: seconds that a worker stays with one model while other models have work
+    affinity_seconds: float = Field(30.0, ge=0)
+
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
-    #: `text` for people, `json` for log collectors
-    log_format: str = Field("text", pattern="^(text|json)$")
 
     @model_validator(mode="after")
     def _figures_fit(self) -> Settings:
@@ -127,6 +130,11 @@ class Settings(BaseSettings):
         """The API key for a hosted vendor, by its name in the catalogue."""
         own = {"openai": self.openai_api_key, "cometapi": self.cometapi_api_key}
         return self.provider_keys.get(provider) or own.get(provider)
+
+    @property
+    def served_models(self) -> list[str]:
+        """The models that `worker_models` names."""
+        return [name.strip() for name in self.worker_models.split(",") if name.strip()]
 
     @property
     def listen_address(self) -> tuple[str, int]:

@@ -7,12 +7,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import OperationalError
 
 from shared import fairness
 from shared.database import transaction
-from shared.errors import Conflict, Fault, InvalidInput
+from shared.errors import Fault, InProgress, InvalidInput
 from shared.models import Batch, BatchCounter, IdempotencyKey
 from shared.plan import Plan, PlannedJob
 from shared.services import Services
@@ -54,7 +56,7 @@ def submit(
 ) -> Submitted:
     """Store the batch and its jobs, commit, then ring. A bell that cannot be rung never fails a submit.
 
-    Raises `Conflict` while an equal idempotency key is being used by another call, `InvalidInput` where the key was
+    Raises `InProgress` while an equal idempotency key is being used by another call, `InvalidInput` where the key was
     used for another body, `Unavailable` where the database is out of reach.
     """
     model = plan.entry.name
@@ -72,30 +74,37 @@ def submit(
             weight=tenant.weight,
         )
     public_id = uuid.uuid4()
-    with transaction(services.engine) as connection:
-        connection.execute(text("SET LOCAL statement_timeout = '10min'"))
-        batch_id = connection.execute(
-            insert(Batch)
-            .values(
-                public_id=public_id,
-                tenant_id=tenant.id,
-                name=name,
-                model=model,
-                priority=priority.rank,
-                parameters=plan.parameters,
-                job_count=plan.job_count,
-            )
-            .returning(Batch.id)
-        ).scalar_one()
-        if idempotency and not _remember(connection, tenant.id, batch_id, idempotency):
-            connection.rollback()
-            if earlier := _replay(connection, tenant.id, idempotency):
+    try:
+        with transaction(services.engine) as connection:
+            connection.execute(text("SET LOCAL statement_timeout = '10min'"))
+            batch_id = connection.execute(
+                insert(Batch)
+                .values(
+                    public_id=public_id,
+                    tenant_id=tenant.id,
+                    name=name,
+                    model=model,
+                    priority=priority.rank,
+                    parameters=plan.parameters,
+                    job_count=plan.job_count,
+                )
+                .returning(Batch.id)
+            ).scalar_one()
+            if idempotency:
+                _remember(connection, tenant.id, batch_id, idempotency)
+            connection.execute(insert(BatchCounter).values(batch_id=batch_id, shard=0, queued=plan.job_count))
+            _copy_jobs(connection, plan, batch_id, tenant, priority, vt)
+    except _KeyTaken as taken:
+        with transaction(services.engine) as connection:
+            if idempotency and (earlier := _replay(connection, tenant.id, idempotency)):
                 return earlier
-            raise Conflict("a request with this Idempotency-Key is being handled; try again in a moment")
-        connection.execute(insert(BatchCounter).values(batch_id=batch_id, shard=0, queued=plan.job_count))
-        _copy_jobs(connection, plan, batch_id, tenant, priority, vt)
+        raise InProgress from taken
     services.bell.ring([model], wanted=plan.job_count)
     return Submitted(public_id, replayed=False)
+
+
+class _KeyTaken(Exception):
+    """Another call holds this idempotency key, or has just stored its batch under it."""
 
 
 def _copy_jobs(
@@ -145,11 +154,18 @@ def _replay(connection: Connection, tenant_id: int, idempotency: Idempotency) ->
     return Submitted(row.public_id, replayed=True)
 
 
-def _remember(connection: Connection, tenant_id: int, batch_id: int, idempotency: Idempotency) -> bool:
-    """Claim the key for this batch. Waits (up to the lock time-out) for another call that holds it."""
+def _remember(connection: Connection, tenant_id: int, batch_id: int, idempotency: Idempotency) -> None:
+    """Claim the key for this batch. Waits for another call that holds it, up to the lock time-out."""
     statement = (
         postgresql.insert(IdempotencyKey)
         .values(tenant_id=tenant_id, key=idempotency.key, request_sha256=idempotency.request_sha256, batch_id=batch_id)
         .on_conflict_do_nothing()
     )
-    return connection.execute(statement).rowcount == 1
+    try:
+        claimed = connection.execute(statement).rowcount == 1
+    except OperationalError as error:
+        if isinstance(error.orig, LockNotAvailable):
+            raise _KeyTaken from error
+        raise
+    if not claimed:
+        raise _KeyTaken

@@ -199,7 +199,7 @@ def rescue(connection: Connection, *, limit: int = 500, workers: Sequence[str] =
 
 def promote(connection: Connection, *, limit: int = CHUNK) -> list[str]:
     """Queue the scheduled jobs whose time has come. Returns their models."""
-    return list(connection.execute(statements.PROMOTE, {"limit": limit}).scalars())
+    return list(connection.execute(statements.PROMOTE, {"limit": limit, "shard": _shard()}).scalars())
 
 
 def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int) -> int:

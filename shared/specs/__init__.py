@@ -15,6 +15,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from shared.errors import CatalogueError, Fault
 
@@ -36,7 +37,7 @@ def text_fault(text: str) -> str | None:
 
 def _storable(text: str) -> str:
     if fault := text_fault(text):
-        raise ValueError(fault)
+        raise PydanticCustomError("invalid_text", "{reason}", {"reason": fault})
     return text
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,24 @@ from urllib.parse import urlsplit
 
 from shared.errors import SettingsError
 from shared.settings import Settings
+
+KEY = re.compile(r"(?=.{1,1000}\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,199})*")
+
+
+def checked_key(key: str) -> str:
+    """`key`, where every kind of storage can hold it; raises `ValueError` otherwise.
+
+    Parts of ASCII letters, digits, `_`, `-` and `.` (not first) between single `/`: nothing that leaves a folder,
+    needs quoting in a URL, or differs between file systems that fold Unicode.
+    """
+    if not KEY.fullmatch(key):
+        raise ValueError(f"not an object key: {key[:200]!r}")
+    return key
+
+
+def inline(filename: str) -> str:
+    """The `Content-Disposition` that shows an object in a browser under `filename`; odd characters become `_`."""
+    return f'inline; filename="{re.sub(r"[^A-Za-z0-9._ -]", "_", filename)}"'
 
 
 @dataclass(frozen=True)
@@ -29,7 +48,7 @@ class ObjectInfo:
 
 
 class Storage(Protocol):
-    """A flat store of immutable objects. Keys are relative, made of ids only: `t/1/…/<sha256>.png`."""
+    """A flat store of immutable objects. Keys are relative, made of ids only: `t/1/…/<sha256>.png` (`checked_key`)."""
 
     def put(self, key: str, data: bytes, *, content_type: str) -> None:
         """Store `data` whole or not at all; the transfer is protected by its SHA-256. Putting it again is harmless."""

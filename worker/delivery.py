@@ -1,0 +1,141 @@
+"""From rendered pictures to recorded results, beside the next forward pass: encode, upload, record the whole pass.
+
+Bounded: at most `MAX_PASSES` rendered passes wait here; then rendering waits (back-pressure).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import tenacity
+
+from shared.catalogue import ModelEntry
+from shared.errors import StorageError
+from shared.keys import image_key, thumbnail_key
+from shared.lifecycle import Failure, Result
+from shared.services import Services
+from worker.backends import Rendered
+from worker.batching import Task
+from worker.encode import encode
+from worker.leases import Leases
+from worker.report import Reporter, failure_of
+
+logger = logging.getLogger(__name__)
+
+#: rendered passes that may wait for encoding and upload
+MAX_PASSES = 2
+#: how long a finished image is kept and sent again while the storage is in trouble
+_PATIENCE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class RenderedPass:
+    """One pass as it left the engine. `seconds` is the time of the whole pass."""
+
+    token: uuid.UUID
+    entry: ModelEntry
+    tasks: Sequence[Task]
+    pictures: Sequence[Rendered]
+    seconds: float
+
+
+class Delivery:
+    """Threads that encode and upload images, and one that records whole passes in the order they were rendered."""
+
+    def __init__(self, services: Services, leases: Leases, reporter: Reporter, stopping: threading.Event) -> None:
+        self._storage = services.storage
+        self._leases = leases
+        self._reporter = reporter
+        self._stopping = stopping
+        self._senders = ThreadPoolExecutor(services.settings.upload_threads, thread_name_prefix="delivery")
+        self._recorder = ThreadPoolExecutor(1, thread_name_prefix="recorder")
+        self._room = threading.BoundedSemaphore(MAX_PASSES)
+
+    def send(self, rendered: RenderedPass) -> None:
+        """Take over a pass; waits while too many are here already."""
+        self._room.acquire()
+        uploads = [self._senders.submit(self._store, rendered, index) for index in range(len(rendered.tasks))]
+        self._recorder.submit(self._record, rendered, uploads)
+
+    def flush(self) -> None:
+        """Wait until everything sent so far is recorded."""
+        self._recorder.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Finish what is here and end the threads."""
+        self._recorder.shutdown()
+        self._senders.shutdown()
+
+    def _store(self, rendered: RenderedPass, index: int) -> Result | None:
+        """Encode and upload one image. None where nobody waits for it any more."""
+        job, spec = rendered.tasks[index].job, rendered.tasks[index].spec
+        if not self._leases.is_wanted(job.id):
+            return None
+        picture = rendered.pictures[index]
+        encoded = encode(picture.image, spec, model=rendered.entry.name, revision=rendered.entry.revision)
+        key = image_key(job.tenant_id, job.batch_id, job.idx, encoded.sha256.hex(), encoded.extension)
+        if encoded.thumbnail is not None:
+            self._put(thumbnail_key(key), encoded.thumbnail, "image/webp")
+        self._put(key, encoded.data, encoded.content_type)
+        size = len(rendered.tasks)
+        facts = {
+            "width": picture.image.width,
+            "height": picture.image.height,
+            "bytes": len(encoded.data),
+            "content_type": encoded.content_type,
+            "thumbnail": encoded.thumbnail is not None,
+            "batch_size": size,
+            **picture.notes,
+        }
+        return Result(job.id, key, encoded.sha256, rendered.seconds / size, facts)
+
+    def _put(self, key: str, data: bytes, content_type: str) -> None:
+        """Upload, again and again while the storage is in trouble: the image has cost too much to be thrown away."""
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StorageError),
+            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
+            stop=self._out_of_patience,
+            before_sleep=self._complain,
+            reraise=True,
+        )(self._storage.put, key, data, content_type=content_type)
+
+    def _complain(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning("upload failed, trying again: %s", error)
+        self._leases.report_error(f"storage: {error}")
+
+    def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
+        return self._stopping.is_set() or (state.seconds_since_start or 0.0) > _PATIENCE_SECONDS
+
+    def _record(self, rendered: RenderedPass, uploads: Sequence[Future[Result | None]]) -> None:
+        try:
+            results: list[Result] = []
+            unwanted: list[int] = []
+            failures: list[tuple[Failure, int, float | None]] = []
+            for task, upload in zip(rendered.tasks, uploads, strict=True):
+                try:
+                    result = upload.result()
+                except Exception as error:
+                    failure, wait = failure_of(task.job.id, error)
+                    failures.append((failure, task.job.attempt, wait))
+                    continue
+                if result is None:
+                    unwanted.append(task.job.id)
+                else:
+                    results.append(result)
+            if results:
+                self._reporter.succeed(rendered.token, results)
+            if failures:
+                self._reporter.give_up(rendered.token, failures)
+            self._reporter.drop(rendered.token, unwanted)
+        except Exception:
+            # the leases of these jobs run out and they are rendered again; the worker itself goes on
+            logger.exception("recording a pass failed")
+            self._leases.let_go([task.job.id for task in rendered.tasks])
+        finally:
+            self._room.release()
