@@ -10,6 +10,7 @@ FarmError
 ├── Conflict               right in itself, but not in the present state
 │   ├── InProgress            an equal request is being handled right now
 │   └── NotReady              there is no image (yet)
+├── Throttled              this tenant asks for too much at once
 ├── Unavailable            a part of the farm is out of reach; try again later
 ├── Lost                   the lease is gone: somebody else owns the job now
 ├── StorageError
@@ -116,6 +117,12 @@ class NotReady(Conflict):
     """This job has no image."""
 
     code = "not-ready"
+
+
+class Throttled(FarmError):
+    """Too many requests of this tenant are being handled at once. Try again in a moment."""
+
+    code = "too-many-requests"
 
 
 class Unavailable(FarmError):

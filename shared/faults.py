@@ -31,6 +31,9 @@ _CODES = {
 }
 
 
+_LONE_SURROGATE = "must be valid Unicode (it holds a lone surrogate)"
+
+
 def pointer(*parts: object) -> str:
     """The JSON pointer (RFC 6901) of a path of names and positions."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
@@ -48,6 +51,8 @@ def faults_of(error: ValidationError, accepted: Collection[str], *, of: str, bas
 def _fault(fault: Mapping[str, Any], accepted: Collection[str], of: str, base: str) -> Fault:
     kind, where = fault["type"], base + pointer(*fault["loc"])
     code = _CODES.get(kind, kind.replace("_", "-"))
+    if kind == "string_unicode":
+        return Fault(where, code, _LONE_SURROGATE)
     if kind != "extra_forbidden":
         return Fault(where, code, fault["msg"].removeprefix("Value error, "))
     name = str(fault["loc"][-1])

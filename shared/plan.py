@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.catalogue import ModelEntry
 from shared.errors import Fault, InvalidInput
@@ -13,11 +13,11 @@ from shared.faults import MAX_FAULTS
 from shared.specs import MAX_SEED, RenderSpec, text_fault
 
 #: seeds drawn by us stay in 32 bits, which every tool of the field can show and take back
-_DRAWN_SEEDS = 2**32
+_SEED_BITS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedJob:
+# tuples, because a hundred thousand of them are made three times faster than frozen dataclasses
+class PlannedJob(NamedTuple):
     """One image to be: `overrides` is what differs from the batch's parameters."""
 
     prompt: str
@@ -27,8 +27,7 @@ class PlannedJob:
     overrides: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """A prompt with its own parameters, before it becomes `num_images` jobs."""
 
     prompt: str
@@ -61,7 +60,7 @@ class Plan:
         """The jobs in order. Image k of a prompt uses its seed + k; where no seed was given each draws its own."""
         for one in self.wanted:
             for k in range(self.num_images):
-                seed = random.randrange(_DRAWN_SEEDS) if one.seed is None else one.seed + k
+                seed = random.getrandbits(_SEED_BITS) if one.seed is None else one.seed + k
                 yield PlannedJob(one.prompt, seed, one.batch_key, one.work, one.overrides)
 
 

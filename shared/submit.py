@@ -25,8 +25,6 @@ from shared.tenants import TenantIdentity
 _BLOCK_ROWS = 2_000
 
 _COPY = "COPY job (batch_id, idx, tenant_id, model, priority, vt, batch_key, prompt, seed, overrides) FROM STDIN"
-#: what the text format of COPY escapes
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,8 @@ def _blocks(plan: Plan, batch_id: int, tenant: TenantIdentity, priority: Priorit
 
 
 def _escape(value: str) -> str:
-    return value.translate(_ESCAPES)
+    """`value` as COPY's text format spells it. Replacing nothing costs next to nothing."""
+    return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _json(job: PlannedJob) -> str:

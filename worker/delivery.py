@@ -55,6 +55,13 @@ class Delivery:
         self._senders = ThreadPoolExecutor(services.settings.upload_threads, thread_name_prefix="delivery")
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix="recorder")
         self._room = threading.BoundedSemaphore(MAX_PASSES)
+        self._patiently = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StorageError),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.2),
+            stop=self._out_of_patience,
+            before_sleep=self._complain,
+            reraise=True,
+        )
 
     def send(self, rendered: RenderedPass) -> None:
         """Take over a pass; waits while too many are here already."""
@@ -96,13 +103,7 @@ class Delivery:
 
     def _put(self, key: str, data: bytes, content_type: str) -> None:
         """Upload, again and again while the storage is in trouble: the image has cost too much to be thrown away."""
-        tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(StorageError),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
-            stop=self._out_of_patience,
-            before_sleep=self._complain,
-            reraise=True,
-        )(self._storage.put, key, data, content_type=content_type)
+        self._patiently(self._storage.put, key, data, content_type=content_type)
 
     def _complain(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

@@ -94,7 +94,7 @@ class Reporter:
         try:
             return tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type(Unavailable),
-                wait=tenacity.wait_exponential_jitter(initial=0.1, max=5.0),
+                wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.1),
                 stop=self._out_of_patience,
                 reraise=True,
             )(attempt)
