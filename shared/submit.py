@@ -159,12 +159,13 @@ def _remember(connection: Connection, tenant_id: int, batch_id: int, idempotency
         postgresql.insert(IdempotencyKey)
         .values(tenant_id=tenant_id, key=idempotency.key, request_sha256=idempotency.request_sha256, batch_id=batch_id)
         .on_conflict_do_nothing()
+        .returning(IdempotencyKey.key)
     )
     try:
-        claimed = connection.execute(statement).rowcount == 1
+        claimed = connection.execute(statement).scalar_one_or_none()
     except OperationalError as error:
         if isinstance(error.orig, LockNotAvailable):
             raise _KeyTaken from error
         raise
-    if not claimed:
+    if claimed is None:
         raise _KeyTaken

@@ -42,7 +42,9 @@ def _storable(text: str) -> str:
 
 
 #: text that PostgreSQL can store and a tokenizer can read
-Text = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_storable)]
+StorableText = Annotated[str, AfterValidator(_storable)]
+#: … and that is no longer than any prompt
+Text = Annotated[StorableText, Field(max_length=MAX_PROMPT)]
 
 
 class Limits(BaseModel):
