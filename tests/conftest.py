@@ -7,6 +7,7 @@ One database for each test worker is cloned from a migrated template and emptied
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +48,16 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(_own_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url(_own_environment: None) -> Iterator[str]:
     """A PostgreSQL server where databases may be made."""
     if given := os.environ.get("OUTER_DATABASE_URL"):
         yield given
         return
-    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres") / "data") as server:
+    # not in pytest's folder: pytest closes that to others, while the server runs as a user of its own where we are root
+    with (
+        tempfile.TemporaryDirectory(prefix="imagefarm-tests-") as folder,
+        EmbeddedPostgres(Path(folder) / "data") as server,
+    ):
         yield server.url
 
 

@@ -1,0 +1,204 @@
+"""Real Celery workers and keepers over real services: bells, several hosts, kills, a dead Redis."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy import func, select
+
+from imagefarm.embedded import EmbeddedRedis
+from shared import progress
+from shared.database import transaction
+from shared.models import Attempt, Job
+from shared.plan import plan
+from shared.progress import BatchView
+from shared.queue import Bell
+from shared.services import Services, open_services
+from shared.settings import Settings
+from shared.states import Outcome, State
+from shared.submit import submit
+from shared.tenants import TenantIdentity
+from tests.farm import Process, celery_worker, keeper, wait_for
+from tests.integration.test_lifecycle import assert_counters_match
+
+
+@pytest.fixture
+def quick(settings: Settings) -> Settings:
+    """Short leases, so that a lost worker is noticed within the test."""
+    return settings.model_copy(update={"lease_seconds": 2.0, "heartbeat_seconds": 0.4, "linger_seconds": 5.0})
+
+
+def submit_fake(services: Services, tenant: TenantIdentity, count: int, **parameters: object) -> uuid.UUID:
+    planned = plan(services.catalogue["fake"], parameters, prompts=[f"p{i}" for i in range(count)], max_jobs=100_000)
+    return submit(services, tenant, planned).public_id
+
+
+def view(services: Services, tenant: TenantIdentity, batch: uuid.UUID) -> BatchView:
+    with transaction(services.engine) as connection:
+        return progress.batch(connection, tenant.id, batch)
+
+
+def finished(services: Services, tenant: TenantIdentity, batch: uuid.UUID, seconds: float = 45.0) -> BatchView:
+    wait_for(lambda: view(services, tenant, batch).open == 0, seconds, "the end of the batch")
+    return view(services, tenant, batch)
+
+
+def succeeded(services: Services, tenant: TenantIdentity, batch: uuid.UUID) -> int:
+    return view(services, tenant, batch).counts[State.SUCCEEDED]
+
+
+def assert_every_image_once(services: Services) -> None:
+    """Rows, attempts and objects agree: one success and one stored object for each job."""
+    with transaction(services.engine) as connection:
+        assert_counters_match(connection)
+        keys = connection.execute(select(Job.result_key)).scalars().all()
+        successes = connection.execute(
+            select(func.count()).select_from(Attempt).where(Attempt.outcome == Outcome.SUCCEEDED)
+        ).scalar_one()
+    assert None not in keys
+    assert successes == len(keys)
+    assert Counter(keys) == Counter(info.key for info in services.storage.list("t/"))
+
+
+def test_a_bell_wakes_a_worker_and_the_batch_is_rendered(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    with celery_worker(quick, tmp_path / "worker.log", "fake"):
+        batch = submit_fake(services, tenant, 300)
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 300
+    assert_every_image_once(services)
+
+
+def test_a_keeper_wakes_workers_when_the_bell_was_lost(
+    services: Services, tenant: TenantIdentity, quick: Settings, bells: redis.Redis, tmp_path: Path
+) -> None:
+    batch = submit_fake(services, tenant, 5)
+    bells.flushdb()
+    with celery_worker(quick, tmp_path / "worker.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 5
+
+
+@pytest.mark.parametrize("victim", ["child", "group"])
+def test_a_killed_worker_loses_nothing(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path, victim: str
+) -> None:
+    batch = submit_fake(services, tenant, 100, step_seconds=0.1)
+    with keeper(quick, tmp_path / "keeper.log"), celery_worker(quick, tmp_path / "one.log", "fake") as worker:
+        wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the first claim")
+        if victim == "child":
+            os.kill(int(children_of(worker.pid)[0]), signal.SIGKILL)
+            assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 100
+        else:
+            worker.kill_group()
+            with celery_worker(quick, tmp_path / "two.log", "fake"):
+                assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 100
+    assert_every_image_once(services)
+    with transaction(services.engine) as connection:
+        lost = connection.execute(
+            select(func.count()).select_from(Attempt).where(Attempt.outcome == Outcome.WORKER_LOST)
+        ).scalar_one()
+    assert lost > 0, "the kill hit jobs in flight"
+
+
+def children_of(pid: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_terminated_worker_burns_no_attempt_and_exits_soon(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    gentle = quick.model_copy(update={"grace_seconds": 0.5})
+    batch = submit_fake(services, tenant, 3, step_seconds=0.05, num_inference_steps=1000)
+    with celery_worker(gentle, tmp_path / "one.log", "fake") as worker:
+        wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the first claim")
+        worker.popen.terminate()
+        worker.popen.wait(15)
+    with transaction(services.engine) as connection:
+        rows = connection.execute(select(Job.state, Job.attempt, Job.lost_count)).all()
+    assert rows == [(State.QUEUED, 0, 0)] * 3
+
+
+def test_workers_on_two_hosts_share_a_batch_with_only_urls_in_common(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    homes = [tmp_path / "host-a", tmp_path / "host-b"]
+    for home in homes:
+        home.mkdir()
+    batch = submit_fake(services, tenant, 200, step_seconds=0.2, width=16, height=16)
+    with (
+        celery_worker(quick, tmp_path / "a.log", "fake", cwd=homes[0], HOME=str(homes[0])),
+        celery_worker(quick, tmp_path / "b.log", "fake", cwd=homes[1], HOME=str(homes[1])),
+        keeper(quick, tmp_path / "keeper.log"),
+    ):
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 200
+    assert_every_image_once(services)
+    with transaction(services.engine) as connection:
+        by_worker = connection.execute(select(Attempt.worker_id, func.count()).group_by(Attempt.worker_id)).all()
+    assert len(by_worker) == 2, by_worker
+
+
+def test_a_dead_redis_does_not_stop_a_running_farm(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as broker:
+        own = quick.model_copy(update={"redis_url": quick.redis_url.__class__(broker.url), "linger_seconds": 60.0})
+        bell = Bell(own)
+        with celery_worker(own, tmp_path / "worker.log", "fake"):
+            first = submit_fake(services, tenant, 1000, step_seconds=0.1)
+            bell.ring(["fake"])
+            wait_for(lambda: succeeded(services, tenant, first), what="the first images")
+            os.kill(broker.pid, signal.SIGKILL)
+            second = submit_fake(services, tenant, 20)
+            assert finished(services, tenant, second).counts[State.SUCCEEDED] == 20
+            assert finished(services, tenant, first).counts[State.SUCCEEDED] == 1000
+    assert_every_image_once(services)
+
+
+def test_two_keepers_at_once_are_harmless(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    batch = submit_fake(services, tenant, 50)
+    with (
+        keeper(quick, tmp_path / "one.log") as first,
+        keeper(quick, tmp_path / "two.log"),
+        celery_worker(quick, tmp_path / "worker.log", "fake"),
+    ):
+        wait_for(lambda: view(services, tenant, batch).finished_at, what="the batch to be closed")
+        first.kill_group()
+        again = submit_fake(services, tenant, 5)
+        wait_for(lambda: view(services, tenant, again).finished_at, what="the other keeper to take over")
+    assert_every_image_once(services)
+
+
+def test_a_hung_device_ends_its_worker(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    impatient = quick.model_copy(update={"stall_seconds": 1.0})
+    planned = plan(services.catalogue["fake"], {}, jobs=[{"prompt": "x", "fault": "hang"}], max_jobs=1)
+    batch = submit(services, tenant, planned).public_id
+    with celery_worker(impatient, tmp_path / "worker.log", "fake") as worker, keeper(impatient, tmp_path / "k.log"):
+        done = finished(services, tenant, batch)
+        assert done.counts[State.FAILED] == 1
+        assert "no denoising step" in worker.text()
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Job.error_class, Job.lost_count)).one() == ("poison", 3)
+
+
+def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, settings: Settings) -> None:
+    broken = settings.model_copy(update={"storage_url": "ftp://x"})
+    with Process([sys.executable, "-m", "celery", "-A", "worker.app", "worker"], broken, tmp_path / "w.log") as worker:
+        assert worker.popen.wait(30) != 0
+        assert "STORAGE_URL" in worker.text()
+
+
+def test_services_open_without_connecting(settings: Settings) -> None:
+    url = settings.database_url.__class__("postgresql://127.0.0.1:1/x")
+    assert open_services("tests", settings.model_copy(update={"database_url": url})).catalogue
