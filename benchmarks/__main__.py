@@ -1,0 +1,54 @@
+"""`python -m benchmarks [ROW…]`: measure rows, print a table, append to `benchmarks/results.json`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import rows
+from benchmarks.measure import Row, keep, machine
+
+
+def known_rows() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(rows.__path__))
+
+
+def show(measured: list[Row], console: Console) -> None:
+    table = Table("row", "what", "value", "baseline", "ratio", "further", title=machine())
+    for row in measured:
+        further = "\n".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.extra.items()
+        )
+        table.add_row(
+            row.id, row.title, f"{row.value:.4g} {row.unit}", f"{row.baseline:.4g}", f"{row.ratio:.2f}", further
+        )
+    console.print(table)
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"rows to measure: {', '.join(known_rows())}; all without"
+    )
+    wanted = [name for argument in parser.parse_args().rows for name in argument.split(",") if name]
+    if unknown := sorted(set(wanted) - set(known_rows())):
+        parser.error(f"no such row: {', '.join(unknown)}; known are {', '.join(known_rows())}")
+    console = Console()
+    measured = []
+    for name in wanted or known_rows():
+        console.print(f"measuring {name} …")
+        measured.append(importlib.import_module(f"benchmarks.rows.{name}").measure())
+    show(measured, console)
+    keep(measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

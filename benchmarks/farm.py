@@ -1,0 +1,142 @@
+"""A farm of real processes for the benchmark, on services given by URL or on embedded ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from sqlalchemy import create_engine, make_url, text
+
+from imagefarm import Farm
+from imagefarm.embedded import EmbeddedPostgres, EmbeddedRedis
+from shared import schema, tenants
+from shared.database import transaction
+from shared.queue import queue_name
+from shared.services import Services, open_services
+from shared.settings import PROJECT_ROOT, Settings, environment_of, load_settings
+
+
+@dataclass(frozen=True)
+class RunningFarm:
+    """Process ids and a client of a farm that is up."""
+
+    client: Farm
+    services: Services
+    api: int
+    keeper: int
+    worker: int | None
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for pid in (self.api, self.keeper, self.worker) if pid is not None]
+
+
+@contextmanager
+def running_farm(*models: str) -> Iterator[RunningFarm]:
+    """API, keeper and one worker for `models` (none without), on an empty database; ended with the block."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagefarm-bench-")))
+        settings = stack.enter_context(_settings(folder))
+        services = open_services("benchmark", settings)
+        stack.callback(services.engine.dispose)
+        schema.upgrade(services.engine)
+        with transaction(services.engine) as connection:
+            key = tenants.create_key(connection, tenants.ensure_tenant(connection, "benchmark"), "benchmark")
+        api = stack.enter_context(_process(folder, settings, "-m", "api.serve"))
+        keeper = stack.enter_context(_process(folder, settings, "-m", "worker.keeper"))
+        worker = None
+        if models:
+            celery = ["-m", "celery", "-A", "worker.app", "worker", "-l", "WARNING"]
+            quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+            queues = ["-Q", ",".join(queue_name(model) for model in models)]
+            serving = settings.model_copy(update={"worker_models": ",".join(models)})
+            worker = stack.enter_context(_process(folder, serving, *celery, *quiet, *queues))
+        client = stack.enter_context(Farm(f"http://{settings.listen}", key))
+        _await(client, models)
+        yield RunningFarm(client, services, api.pid, keeper.pid, worker.pid if worker else None)
+
+
+@contextmanager
+def _settings(folder: Path) -> Iterator[Settings]:
+    with ExitStack() as stack:
+        if database_url := os.environ.get("DATABASE_URL"):
+            database_url = stack.enter_context(_own_database(database_url))
+        else:
+            database_url = stack.enter_context(EmbeddedPostgres(folder / "postgres")).url
+        redis_url = os.environ.get("REDIS_URL") or stack.enter_context(EmbeddedRedis(folder / "redis")).url
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        yield load_settings(
+            database_url=database_url,
+            redis_url=redis_url,
+            storage_url=f"file://{folder / 'objects'}",
+            listen=f"127.0.0.1:{port}",
+            log_level="WARNING",
+        )
+
+
+@contextmanager
+def _own_database(server_url: str) -> Iterator[str]:
+    name = f"imagefarm_bench_{uuid.uuid4().hex[:8]}"
+    url = make_url(server_url).set(drivername="postgresql+psycopg")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        try:
+            yield url.set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+        finally:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@contextmanager
+def _process(folder: Path, settings: Settings, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, **environment_of(settings), "PYTHONPATH": str(PROJECT_ROOT), "C_FORCE_ROOT": "1"}
+    with (folder / "processes.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.returncode not in (0, -15):
+            print((folder / "processes.log").read_text()[-3000:])
+
+
+def _await(client: Farm, models: tuple[str, ...]) -> None:
+    """Wait until the API answers and the worker has rendered one image of each model: warm-up counts for nobody."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            client.models()
+            break
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    for model in models:
+        batch = client.submit(["warm up"] * 8, model=model)
+        if batch.wait(timeout=120).succeeded != 8:
+            raise RuntimeError(f"the worker does not render {model}")
+
+
+def servers_cpu_seconds() -> float:
+    """CPU time used so far by every PostgreSQL and Redis process of this machine."""
+    total = 0.0
+    for process in psutil.process_iter(["name", "cpu_times"]):
+        if process.info["name"] in {"postgres", "redis-server", "valkey-server"} and process.info["cpu_times"]:
+            total += process.info["cpu_times"].user + process.info["cpu_times"].system
+    return total
