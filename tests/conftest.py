@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 import redis
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import Table, create_engine, make_url, text
 
 from imagefarm.embedded import EmbeddedPostgres, EmbeddedRedis
 from shared import schema, tenants
@@ -117,15 +117,26 @@ def settings_for(database_url: str, redis_url: str, storage_url: str, **override
     )
 
 
+def _empty(database_url: str) -> None:
+    """Remove every row and begin ids at 1 again. Of small tables, DELETE is ten times faster than TRUNCATE."""
+    tables = list(reversed(Base.metadata.sorted_tables))
+    commands = [f"DELETE FROM {table.name}" for table in tables]
+    commands += [f"ALTER TABLE {table.name} ALTER COLUMN id RESTART" for table in tables if _numbered(table)]
+    engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+    with engine.begin() as connection:
+        connection.execute(text("; ".join(commands)))
+    engine.dispose()
+
+
+def _numbered(table: Table) -> bool:
+    return "id" in table.columns and table.columns["id"].identity is not None
+
+
 @pytest.fixture
 def settings(migrated_database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
     """Settings whose database and Redis are empty when the test begins."""
     yield settings_for(migrated_database_url, redis_url, f"file://{tmp_path / 'objects'}")
-    engine = create_engine(make_url(migrated_database_url).set(drivername="postgresql+psycopg"))
-    with engine.begin() as connection:
-        tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
-        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
-    engine.dispose()
+    _empty(migrated_database_url)
     client = redis.Redis.from_url(redis_url)
     client.flushdb()
     client.close()

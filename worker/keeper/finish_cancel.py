@@ -1,4 +1,6 @@
-"""Finishes the cancelation of batches whose API process died half-way through the chunks."""
+"""Finishes the cancelation of batches that are too large for one request, or whose API process died half-way."""
+
+import time
 
 from sqlalchemy import select
 
@@ -8,13 +10,21 @@ from shared.models import Batch
 from shared.services import Services
 
 
+#: how long the other chores may wait for this one in a round
+_ROUND_SECONDS = 2.0
+
+
 def run(services: Services) -> int:
-    """Move one chunk of each batch that is being canceled; the next round takes the next."""
+    """Move chunk after chunk of the batches that are being canceled, for a moment; the next round goes on."""
+    deadline = time.monotonic() + _ROUND_SECONDS
     with transaction(services.engine) as connection:
         statement = select(Batch.id).where(Batch.finished_at.is_(None), Batch.cancel_requested_at.is_not(None))
         batch_ids = list(connection.execute(statement.limit(100)).scalars())
-    moved = 0
+    total = 0
     for batch_id in batch_ids:
-        with transaction(services.engine) as connection:
-            moved += lifecycle.cancel(connection, batch_id)
-    return moved
+        moved = lifecycle.CHUNK
+        while moved == lifecycle.CHUNK and time.monotonic() < deadline:
+            with transaction(services.engine) as connection:
+                moved = lifecycle.cancel(connection, batch_id)
+            total += moved
+    return total

@@ -1,0 +1,1 @@
+"""The HTTP API: thin Flask over `shared`. Knows no engine and no worker."""

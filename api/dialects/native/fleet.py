@@ -1,0 +1,52 @@
+"""What this farm can render, and who renders it."""
+
+from __future__ import annotations
+
+from flask import Response
+from flask_openapi3.models.tag import Tag
+
+from api.auth import guarded_blueprint
+from api.context import context
+from api.dialects.native import schemas
+from api.dialects.native.schemas import Model, Worker
+from api.parameters import NoQuery
+from api.problems import documented
+from shared import progress
+from shared.database import transaction
+from shared.errors import NotFound
+
+blueprint = guarded_blueprint(
+    "fleet", __name__, url_prefix=schemas.PREFIX, tag=Tag(name="fleet", description="Models and workers")
+)
+
+
+@blueprint.get("/models", operation_id="list_models", responses={200: schemas.ModelList})
+def list_models(query: NoQuery) -> Response:
+    """List the models."""
+    served = _served()
+    data = [Model.of(entry, entry.name in served) for entry in context().services.catalogue.values()]
+    return schemas.ModelList(data=data).response()
+
+
+@blueprint.get("/models/<name>", operation_id="get_model", responses={200: Model, **documented("not-found")})
+def get_model(path: schemas.ModelPath, query: NoQuery) -> Response:
+    """See what a model takes."""
+    entry = context().services.catalogue.get(path.name)
+    if entry is None:
+        raise NotFound("There is no such model.")
+    return Model.of(entry, entry.name in _served()).response()
+
+
+@blueprint.get("/workers", operation_id="list_workers", responses={200: schemas.WorkerList})
+def list_workers(query: NoQuery) -> Response:
+    """List the workers, the living ones first."""
+    services = context().services
+    with transaction(services.engine) as connection:
+        views = progress.workers(connection, lease_seconds=services.settings.lease_seconds)
+    return schemas.WorkerList(data=[Worker.of(view) for view in views]).response()
+
+
+def _served() -> set[str]:
+    services = context().services
+    with transaction(services.engine) as connection:
+        return progress.served_models(connection, lease_seconds=services.settings.lease_seconds)
