@@ -71,8 +71,8 @@ class FileStorage:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     unfinished.replace(target)
                     break
-                except FileNotFoundError:
-                    # a `delete` beside us removed the folder, empty as it still was
+                except (FileNotFoundError, FileExistsError):
+                    # a `delete` beside us removed the folder, empty as it still was (mkdir, too, can be late to see it)
                     if not tries_left:
                         raise
             for folder in target.parents:

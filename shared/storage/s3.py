@@ -80,15 +80,17 @@ class S3Storage:
     def put(self, key: str, data: bytes, *, content_type: str) -> None:
         """Store `data` under `key`. The server compares its SHA-256 and keeps nothing that came in differently."""
         checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        client = self._client  # made before the clock starts
         body = _Body(data, time.monotonic() + self._timeouts.body)
         with self._mapped("put", key):
-            self._client.put_object(**self._object(key), Body=body, ContentType=content_type, ChecksumSHA256=checksum)
+            client.put_object(**self._object(key), Body=body, ContentType=content_type, ChecksumSHA256=checksum)
 
     def get(self, key: str) -> bytes:
         """The bytes under `key`. Raises `ObjectMissing`."""
+        client = self._client
         deadline = time.monotonic() + self._timeouts.body
         with self._mapped("get", key):
-            stream = self._client.get_object(**self._object(key))["Body"]
+            stream = client.get_object(**self._object(key))["Body"]
             with contextlib.closing(stream):
                 data = bytearray()
                 for chunk in stream.iter_chunks(16 * 1024):

@@ -8,20 +8,16 @@ for a file format: its default is lossless, and the farm encodes what the job as
 from __future__ import annotations
 
 import base64
-import http.client
 import io
-import ipaddress
 import json
 import logging
 import math
 import re
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import httpx2
 from openai import APIConnectionError, APIStatusError, APITimeoutError, DefaultHttpxClient, OpenAI, OpenAIError
@@ -32,6 +28,7 @@ from shared.errors import CatalogueError, OverBudget, Permanent, RenderError, Tr
 from shared.settings import Settings
 from shared.specs import RenderSpec
 from worker.backends import OnStep, Rendered
+from worker.download import download
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +40,6 @@ MAX_PIXELS = 40_000_000
 MAX_SAID = 500
 #: longest wait that a vendor can ask for, in seconds
 MAX_RETRY_AFTER = 3600.0
-#: a paid image is fetched this often, and for this long in all (seconds), before it is given up
-DOWNLOAD_TRIES = 3
-DOWNLOAD_SECONDS = 60.0
 
 MONEY = {
     "insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_user_quota",
@@ -177,14 +171,14 @@ class Backend:
         if not isinstance(encoded, str) and isinstance(url, str) and url.startswith("data:"):
             encoded = url
         if isinstance(encoded, str):
+            if encoded.startswith("data:"):
+                encoded = encoded.partition(",")[2]
             try:
-                return base64.b64decode(
-                    encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True
-                )
+                return base64.b64decode("".join(encoded.split()), validate=True)
             except ValueError:
                 raise _invalid("the image is not valid base64") from None
         if isinstance(url, str):
-            return _download(url, urlsplit(self._hosted.base_url), self._hosted.max_bytes)
+            return download(url, trusted=self._hosted.base_url, max_bytes=self._hosted.max_bytes)
         raise _invalid(f"{self._hosted.provider} answered without an image")
 
     def _refusal(self, status: int, body: object, headers: Mapping[str, str]) -> RenderError:
@@ -213,7 +207,7 @@ class Backend:
         """Text that a vendor had a part in, without our key, without markup, and short."""
         if self._key is not None:
             text = text.replace(self._key.get_secret_value(), "[key]")
-        text = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+        text = " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text[:50_000], flags=re.DOTALL).split())
         return _text(text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…", MAX_SAID)
 
     def _start(self, request: httpx2.Request) -> None:
@@ -227,8 +221,8 @@ class Backend:
         response.stream = _Bounded(response.stream, self._hosted.max_bytes, response.request.extensions["deadline"])
 
 
-class _Unreadable(Exception):
-    """An answer that is not read to its end."""
+class _Unreadable(httpx2.RequestError):
+    """An answer that is not read to its end; of this class, so that the client reports it as the cause."""
 
 
 class _Bounded(httpx2.SyncByteStream):
@@ -313,91 +307,3 @@ def _decoded(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # decoders raise anything on bytes made to break them
         raise _invalid(f"the answer is not a PNG, JPEG or WebP image ({type(error).__name__})") from None
-
-
-class _DownloadFailed(Exception):
-    """May work the next time."""
-
-
-def _download(url: str, base: SplitResult, max_bytes: int) -> bytes:
-    """The bytes behind a URL that a vendor gave us. It costs nothing to try again, and the image is paid for."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    for attempt in range(1, DOWNLOAD_TRIES + 1):
-        try:
-            return _fetch(url, base, max_bytes, deadline)
-        except (_DownloadFailed, OSError, http.client.HTTPException) as error:
-            if attempt == DOWNLOAD_TRIES or time.monotonic() > deadline:
-                raise Transient(f"the image was made but could not be fetched: {_text(str(error), 200)}") from None
-            time.sleep(0.1 * 2**attempt)
-    raise AssertionError
-
-
-def _fetch(url: str, base: SplitResult, max_bytes: int, deadline: float) -> bytes:
-    """One GET without redirects, over TLS, to a public address.
-
-    The address is checked and then connected to, so that a second answer of the name server cannot change it. Only the
-    origin that the catalogue itself names may be plain HTTP or in a private network: the operator chose it.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
-        trusted = (parts.scheme, host, parts.port) == (base.scheme, base.hostname, base.port)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        if not (host and port and host.isascii() and re.fullmatch(r"[!-~]+", target)) or parts.username is not None:
-            raise ValueError
-    except ValueError:
-        raise _invalid("the image's URL is malformed") from None
-    if not trusted and parts.scheme != "https":
-        raise _invalid("the image's URL is not https")
-    addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not trusted and not all(map(_is_public, addresses)):
-        raise _invalid(f"the image's URL leads into a private network ({host})")
-    with socket.create_connection((addresses[0], port), timeout=_left(deadline)) as plain:
-        connection: http.client.HTTPConnection
-        if parts.scheme == "https":
-            connection = http.client.HTTPSConnection(host, port)
-            link: socket.socket = httpx2.create_ssl_context().wrap_socket(plain, server_hostname=host)
-        else:
-            connection, link = http.client.HTTPConnection(host, port), plain
-        with link:
-            connection.sock = link
-            connection.request("GET", target, headers={"Connection": "close"})
-            with connection.getresponse() as answer:
-                return _body(answer, link, max_bytes, deadline)
-
-
-def _body(answer: http.client.HTTPResponse, link: socket.socket, max_bytes: int, deadline: float) -> bytes:
-    if 300 <= answer.status < 400:
-        raise _invalid("the image's URL redirects, which is not followed")
-    if answer.status != 200:
-        raise _DownloadFailed(f"status {answer.status}")
-    data = bytearray()
-    while True:
-        link.settimeout(_left(deadline))
-        chunk = answer.read1(64 * 1024)
-        if not chunk:
-            break
-        data += chunk
-        if len(data) > max_bytes:
-            raise _invalid("the image is larger than `max_bytes` of this model")
-    if answer.length:
-        raise _DownloadFailed("the connection ended within the image")
-    return bytes(data)
-
-
-def _left(deadline: float) -> float:
-    if (left := deadline - time.monotonic()) <= 0:
-        raise _DownloadFailed("it takes too long")
-    return left
-
-
-def _is_public(address: str) -> bool:
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        # addresses that carry an IPv4 address inside are as public as that
-        inner = found.ipv4_mapped or found.sixtofour
-        if found in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            return inner.is_global and not inner.is_multicast
-    return found.is_global and not found.is_multicast
