@@ -42,11 +42,14 @@ class RunningFarm:
 
 
 @contextmanager
-def running_farm(*models: str) -> Iterator[RunningFarm]:
-    """API, keeper and one worker for `models` (none without), on an empty database; ended with the block."""
+def running_farm(*models: str, objects: Path | None = None) -> Iterator[RunningFarm]:
+    """API, keeper and one worker for `models` (none without), on an empty database; ended with the block.
+
+    Images go to the folder `objects`, by default one on the machine's disk.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagefarm-bench-")))
-        settings = stack.enter_context(_settings(folder))
+        settings = stack.enter_context(_settings(folder, objects or folder / "objects"))
         services = open_services("benchmark", settings)
         stack.callback(services.engine.dispose)
         schema.upgrade(services.engine)
@@ -67,7 +70,7 @@ def running_farm(*models: str) -> Iterator[RunningFarm]:
 
 
 @contextmanager
-def _settings(folder: Path) -> Iterator[Settings]:
+def _settings(folder: Path, objects: Path) -> Iterator[Settings]:
     with ExitStack() as stack:
         if database_url := os.environ.get("DATABASE_URL"):
             database_url = stack.enter_context(_own_database(database_url))
@@ -79,7 +82,7 @@ def _settings(folder: Path) -> Iterator[Settings]:
         yield load_settings(
             database_url=database_url,
             redis_url=redis_url,
-            storage_url=f"file://{folder / 'objects'}",
+            storage_url=f"file://{objects}",
             listen=f"127.0.0.1:{port}",
             log_level="WARNING",
         )

@@ -39,6 +39,10 @@ SECRET_BYTES = 32
 #: an unfinished file this old (seconds) was left by a process that died
 ABANDONED_AFTER = 3600.0
 
+#: a folder may vanish between its making and its use this often
+_TRIES = 10
+_REMEMBERED_FOLDERS = 10_000
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EEXIST}
 NO_SUCH_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -60,25 +64,52 @@ class FileStorage:
         with _mapped(root):
             root.mkdir(parents=True, exist_ok=True)
         self._root = root.resolve()
+        self._unfinished_folder = f"{self._root}/{UNFINISHED}"
+        #: folders that this process has made and put on disk
+        self._folders: set[str] = set()
 
     def put(self, key: str, data: bytes, *, content_type: str) -> None:
         """Store `data` under `key`. A full disk raises `StorageUnavailable` and leaves nothing behind."""
-        target = self._path(key)
+        target = str(self._root / checked_key(key))
+        folder = target.rpartition("/")[0]
         with _mapped(self._root), self._unfinished(data, mode=0o666) as unfinished:
-            fresh = not target.parent.is_dir()
-            for tries_left in reversed(range(10)):
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    unfinished.replace(target)
-                    break
-                except (FileNotFoundError, FileExistsError):
-                    # a `delete` beside us removed the folder, empty as it still was (mkdir, too, can be late to see it)
-                    if not tries_left:
-                        raise
-            for folder in target.parents:
-                _sync_folder(folder)
-                if not fresh or folder == self._root:
-                    break
+            if folder not in self._folders:
+                self._make_folder(key)
+            try:
+                os.replace(unfinished, target)
+            except FileNotFoundError:
+                # a `delete` beside us removed the folder, empty as it still was
+                self._folders.discard(folder)
+                self._move_patiently(unfinished, key)
+            _sync_folder(folder)
+
+    def _make_folder(self, key: str) -> None:
+        """Make the folder of `key`, and put it on disk up to the root. Remembered: images come by the thousand."""
+        folder = self._path(key).parent
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                break
+            except (FileNotFoundError, FileExistsError):  # mkdir, too, can be late to see a `delete`
+                if not tries_left:
+                    raise
+        for above in folder.parents:
+            _sync_folder(above)
+            if above == self._root:
+                break
+        if len(self._folders) >= _REMEMBERED_FOLDERS:
+            self._folders.clear()
+        self._folders.add(str(folder))
+
+    def _move_patiently(self, unfinished: str, key: str) -> None:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self._make_folder(key)
+                os.replace(unfinished, self._root / key)
+                return
+            except FileNotFoundError:
+                if not tries_left:
+                    raise
 
     def get(self, key: str) -> bytes:
         """The bytes under `key`. Raises `ObjectMissing`."""
@@ -171,6 +202,7 @@ class FileStorage:
                     # unlike a rename, a hard link never replaces the secret of a process that was faster
                     with contextlib.suppress(FileExistsError):
                         path.hardlink_to(unfinished)
+                    os.unlink(unfinished)
                     _sync_folder(self._root)
             secret = path.read_bytes()
         if len(secret) != SECRET_BYTES:
@@ -200,20 +232,29 @@ class FileStorage:
         return path
 
     @contextlib.contextmanager
-    def _unfinished(self, data: bytes, *, mode: int) -> Iterator[Path]:
-        """`data` in a synced file of this file system that is gone at the end unless it was renamed."""
-        folder = self._root / UNFINISHED
-        folder.mkdir(exist_ok=True)
-        path = folder / secrets.token_hex(16)
+    def _unfinished(self, data: bytes, *, mode: int) -> Iterator[str]:
+        """`data` in a synced file of this file system. It is removed when the block fails; else the block moved it."""
+        path = f"{self._unfinished_folder}/{secrets.token_hex(16)}"
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
+            descriptor = self._create(path, mode)
+            with open(descriptor, "wb", buffering=0) as file:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
                 os.fsync(descriptor)
             yield path
-        finally:
-            path.unlink(missing_ok=True)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
+
+    def _create(self, path: str, mode: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            return os.open(path, flags, mode)
+        except FileNotFoundError:
+            os.makedirs(self._unfinished_folder, exist_ok=True)
+            return os.open(path, flags, mode)
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
@@ -222,7 +263,7 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
     return ObjectInfo(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path | str) -> None:
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
