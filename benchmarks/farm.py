@@ -104,7 +104,8 @@ def _own_database(server_url: str) -> Iterator[str]:
 
 @contextmanager
 def _process(folder: Path, settings: Settings, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, **environment_of(settings), "PYTHONPATH": str(PROJECT_ROOT), "C_FORCE_ROOT": "1"}
+    environment = {**os.environ, **environment_of(settings), "PYTHONPATH": str(PROJECT_ROOT)}
+    environment |= {"C_FORCE_ROOT": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as `imagefarm worker` sets it
     with (folder / "processes.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
     try:

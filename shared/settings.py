@@ -160,6 +160,11 @@ def variable_of(settings_class: type[BaseSettings], field: str) -> str:
     return str(alias) if alias else f"{PREFIX}{field.upper()}"
 
 
+def variable(name: str) -> str | None:
+    """What the environment says of a variable before, or without, the settings; an empty one counts as unset."""
+    return os.environ.get(name) or None
+
+
 def _reject_typos(environ: Mapping[str, str]) -> None:
     known = {variable_of(cls, field) for cls in (Settings, ClientSettings) for field in cls.model_fields}
     for name in environ:

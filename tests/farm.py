@@ -40,6 +40,7 @@ class Process:
         keep = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
         self._environment = {name: os.environ[name] for name in keep if name in os.environ}
         self._environment |= {"PYTHONPATH": str(PROJECT_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # as `imagefarm worker` sets it
         self._environment |= environment_of(settings) | extra
 
     def __enter__(self) -> Process:

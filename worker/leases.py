@@ -100,7 +100,7 @@ class Leases:
     def _run(self) -> None:
         settings = self._services.settings
         next_heartbeat = 0.0
-        while not self._ended.wait(settings.cancel_poll_seconds if self._held else settings.heartbeat_seconds / 4):
+        while True:
             self._exit_if_stalled()
             try:
                 if time.monotonic() >= next_heartbeat:
@@ -112,6 +112,8 @@ class Leases:
                 logger.warning("no heartbeat: %s", error)
             except Exception:
                 logger.exception("heartbeat failed")
+            if self._ended.wait(settings.cancel_poll_seconds):
+                return
 
     def _heartbeat(self) -> None:
         with self._lock:

@@ -60,9 +60,12 @@ def writes_job_state(tree: ast.AST) -> bool:
             words = " ".join(node.value.lower().split())
             if "update job" in words and "state =" in words.partition("set")[2].partition("where")[0]:
                 return True
-        if isinstance(node, ast.Call) and re.search(r"update\(Job\).*\.values$", ast.unparse(node.func)):
-            if any(keyword.arg == "state" for keyword in node.keywords):  # noqa: SIM102
-                return True
+        if (
+            isinstance(node, ast.Call)
+            and any(keyword.arg == "state" for keyword in node.keywords)
+            and re.search(r"update\(Job\).*\.values$", ast.unparse(node.func))
+        ):
+            return True
     return False
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from shared.catalogue import ModelEntry
@@ -56,18 +55,21 @@ class Backend:
 
     def load(self) -> None:
         try:
-            pipeline = self._open()
-        except LocalEntryNotFoundError as error:
-            raise Permanent(
-                f"{self._entry.name} is not on this machine and downloads are off (IMAGEFARM_ALLOW_DOWNLOADS)",
-                code="model_missing",
-            ) from error
+            pipeline = self._open().to(self._device)
         except FileNotFoundError as error:
             raise Permanent(str(error), code="model_missing") from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except OSError as error:
+            if self._entry.hub is None or self._allow_downloads:
+                raise Permanent(
+                    f"{self._entry.name} cannot be loaded: {_short(error)}", code="model_corrupt"
+                ) from error
+            reason = "is not whole on this machine, and downloads are off (IMAGEFARM_ALLOW_DOWNLOADS)"
+            raise Permanent(f"{self._entry.name} {reason}: {_short(error)}", code="model_missing") from error
+        except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            # RuntimeError holds NotImplementedError: weights of other names leave the network without any
             raise Permanent(f"{self._entry.name} cannot be loaded: {_short(error)}", code="model_corrupt") from error
         pipeline.set_progress_bar_config(disable=True)
-        self._pipeline = pipeline.to(self._device)
+        self._pipeline = pipeline
         self._accepted = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._scheduler = pipeline.scheduler
 

@@ -9,7 +9,6 @@ from shared.database import transaction
 from shared.models import Batch
 from shared.services import Services
 
-
 #: how long the other chores may wait for this one in a round
 _ROUND_SECONDS = 2.0
 

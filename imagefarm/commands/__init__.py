@@ -1,0 +1,1 @@
+"""The commands of `imagefarm`, one file for each group of them."""

@@ -1,0 +1,86 @@
+"""What the command line prints: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from imagefarm.client import Farm
+from shared.errors import FarmError
+
+#: columns where the output is no terminal, so that ids are not folded
+_PIPE_WIDTH = 200
+
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """Tell a person something."""
+    err.print(Text(text, style=style), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table to standard output."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PIPE_WIDTH)
+    console.print(table)
+
+
+def plain_table(*headings: str) -> Table:
+    """A table without frames."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+class Refusal(click.ClickException):
+    """An error as one readable red text; exit code 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        err.print(Text("error: " + self.message, style="bold red"), soft_wrap=True)
+
+
+class FarmGroup(click.Group):
+    """A command group whose commands may raise our errors, and end quietly on Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FarmError as error:
+            raise Refusal(error.detail) from error
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise Refusal(f"{where}{error.strerror or error}") from error
+        except KeyboardInterrupt:
+            interrupted()
+
+
+def interrupted() -> NoReturn:
+    """End as a program does that was stopped with Ctrl-C."""
+    print(file=sys.stderr)
+    raise click.exceptions.Exit(130)
+
+
+def open_farm() -> Farm:
+    """The farm that the environment or the data folder names."""
+    return Farm()
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `4 min 05 s`, `2 h 03 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
