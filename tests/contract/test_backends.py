@@ -31,6 +31,15 @@ def settings(_own_environment: None) -> Settings:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models as small as these only lose time by sharing their work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Subject:
     """An engine with a model for it, and what to ask of it."""

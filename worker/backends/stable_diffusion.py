@@ -59,12 +59,10 @@ class Backend:
         except FileNotFoundError as error:
             raise Permanent(str(error), code="model_missing") from error
         except OSError as error:
-            if self._entry.hub is None or self._allow_downloads:
-                raise Permanent(
-                    f"{self._entry.name} cannot be loaded: {_short(error)}", code="model_corrupt"
-                ) from error
-            reason = "is not whole on this machine, and downloads are off (IMAGEFARM_ALLOW_DOWNLOADS)"
-            raise Permanent(f"{self._entry.name} {reason}: {_short(error)}", code="model_missing") from error
+            code, reason = "model_corrupt", "cannot be loaded"
+            if self._entry.hub is not None and not self._allow_downloads:
+                code, reason = "model_missing", "is not on this machine, and IMAGEFARM_ALLOW_DOWNLOADS is off"
+            raise Permanent(f"{self._entry.name} {reason}: {_short(error)}", code=code) from error
         except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
             # RuntimeError holds NotImplementedError: weights of other names leave the network without any
             raise Permanent(f"{self._entry.name} cannot be loaded: {_short(error)}", code="model_corrupt") from error
