@@ -6,6 +6,7 @@ discriminator maps (pictures of that shape, class_index) to logits float [N], hi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,8 @@ class MlpGenerator(nn.Module):
         """float [N, z_dim] -> float [N, C, H, W] in -1..1; class_index must be None."""
         if class_index is not None:
             raise ValueError("this generator has no classes")
-        return self.layers(z).view(-1, *self.shape)
+        images: torch.Tensor = self.layers(z)
+        return images.view(-1, *self.shape)
 
 
 def pixel_norm(features: torch.Tensor) -> torch.Tensor:
@@ -60,11 +62,18 @@ class ModulatedUpsample(nn.Module):
 class DcganGenerator(nn.Module):
     """Transposed convolutions from 4x4 up (Radford et al. 2016), modulated at each size by latent and class.
 
-    channels holds the width at 4x4, 8x8, ... up to the resolution.
+    channels holds the width at 4x4, 8x8, ... up to the resolution. A layered generator draws a mask and mixes two
+    plain colours by it, object over background (LR-GAN, Yang et al. 2017), instead of drawing pixel colours.
     """
 
     def __init__(
-        self, z_dim: int, num_classes: int, channels: Sequence[int], resolution: int, image_channels: int = 3
+        self,
+        z_dim: int,
+        num_classes: int,
+        channels: Sequence[int],
+        resolution: int,
+        image_channels: int = 3,
+        layered: bool = False,
     ) -> None:
         super().__init__()
         _check_widths(channels, resolution)
@@ -74,10 +83,13 @@ class DcganGenerator(nn.Module):
         self.embedding = nn.Embedding(num_classes, z_dim) if num_classes else None
         self.mapping = nn.Sequential(nn.Linear(code, code), nn.LeakyReLU(0.2), nn.Linear(code, code), nn.LeakyReLU(0.2))
         self.first = nn.Linear(code, channels[0] * 16)
-        self.blocks = nn.ModuleList(
-            ModulatedUpsample(into, out, code) for into, out in zip(channels, channels[1:], strict=False)
-        )
-        self.last = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(ModulatedUpsample(into, out, code) for into, out in itertools.pairwise(channels))
+        self.last = nn.Conv2d(channels[-1], 1 if layered else image_channels, 3, padding=1)
+        self.colours: nn.Sequential | None = None
+        if layered:
+            width = 2 * z_dim
+            hidden = [nn.Linear(z_dim, width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2)]
+            self.colours = nn.Sequential(*hidden, nn.Linear(width, 2 * image_channels), nn.Tanh())
 
     def forward(self, z: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, z_dim] and int64 [N] -> float [N, image_channels, resolution, resolution] in -1..1."""
@@ -88,7 +100,12 @@ class DcganGenerator(nn.Module):
         features = F.leaky_relu(pixel_norm(self.first(code).view(len(z), -1, 4, 4)), 0.2)
         for block in self.blocks:
             features = block(features, code)
-        return torch.tanh(self.last(features))
+        drawn: torch.Tensor = self.last(features)
+        if self.colours is None:
+            return torch.tanh(drawn)
+        ground, paint = self.colours(z)[:, :, None, None].chunk(2, dim=1)
+        mixed: torch.Tensor = ground + torch.sigmoid(drawn) * (paint - ground)
+        return mixed
 
 
 class ResidualDownsample(nn.Module):
@@ -104,7 +121,8 @@ class ResidualDownsample(nn.Module):
         """float [N, into, H, W] -> float [N, out, H/2, W/2]."""
         deep = F.leaky_relu(self.first(F.leaky_relu(features, 0.2)), 0.2)
         deep = self.second(F.avg_pool2d(deep, 2))
-        return (deep + self.shortcut(F.avg_pool2d(features, 2))) * math.sqrt(0.5)
+        joined: torch.Tensor = deep + self.shortcut(F.avg_pool2d(features, 2))
+        return joined * math.sqrt(0.5)
 
 
 class DcganDiscriminator(nn.Module):
@@ -119,9 +137,7 @@ class DcganDiscriminator(nn.Module):
         _check_widths(channels, resolution)
         self.num_classes = num_classes
         self.entry = nn.Conv2d(image_channels, channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList(
-            ResidualDownsample(into, out) for into, out in zip(channels, channels[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(ResidualDownsample(into, out) for into, out in itertools.pairwise(channels))
         self.summary = nn.Linear(channels[-1] * 16, channels[-1])
         self.logit = nn.Linear(channels[-1], 1)
         self.projection = nn.Embedding(num_classes, channels[-1]) if num_classes else None
@@ -132,7 +148,7 @@ class DcganDiscriminator(nn.Module):
         for block in self.blocks:
             features = block(features)
         summary = F.leaky_relu(self.summary(F.leaky_relu(features, 0.2).flatten(1)), 0.2)
-        logit = self.logit(summary)[:, 0]
+        logit: torch.Tensor = self.logit(summary)[:, 0]
         if self.projection is not None and class_index is not None:
             logit = logit + (self.projection(class_index) * summary).sum(dim=1) / math.sqrt(summary.shape[1])
         return logit
@@ -155,7 +171,12 @@ def build_generator(config: dict[str, Any]) -> nn.Module:
         )
     if arch == "dcgan":
         return DcganGenerator(
-            config["z_dim"], config["num_classes"], config["channels"], config["resolution"], config["image_channels"]
+            config["z_dim"],
+            config["num_classes"],
+            config["channels"],
+            config["resolution"],
+            config["image_channels"],
+            config.get("layered", False),
         )
     raise ValueError(f"unknown generator architecture {arch!r}; known: dcgan, mlp")
 
