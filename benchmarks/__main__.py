@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from benchmarks import rows
 from benchmarks.measure import Row, keep, machine
-
-
-def known_rows() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(rows.__path__))
+from benchmarks.rows import known_rows, measure
 
 
 def show(measured: list[Row], console: Console) -> None:
-    table = Table("row", "what", "value", "baseline", "ratio", "further", title=machine())
+    table = Table("row", "what", "value", "baseline", "ratio", Column("further", no_wrap=True), title=machine())
     for row in measured:
         further = "\n".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -42,9 +38,11 @@ def main() -> int:
         parser.error(f"no such row: {', '.join(unknown)}; known are {', '.join(known_rows())}")
     console = Console()
     measured = []
-    for name in wanted or known_rows():
-        console.print(f"measuring {name} …")
-        measured.append(importlib.import_module(f"benchmarks.rows.{name}").measure())
+    # a fresh process for each row: what one loads or connects must not weigh on the next
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in wanted or known_rows():
+            console.print(f"measuring {name} …")
+            measured.append(pool.submit(measure, name).result())
     show(measured, console)
     keep(measured)
     return 0

@@ -117,6 +117,8 @@ class Image:
     #: size of the file
     bytes: int | None
     content_type: str
+    #: how many images shared its forward pass
+    batch_size: int | None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ Bounded: at most `MAX_PASSES` rendered passes wait here; then rendering waits (b
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import tenacity
 
@@ -31,6 +34,8 @@ logger = logging.getLogger(__name__)
 MAX_PASSES = 2
 #: how long a finished image is kept and sent again while the storage is in trouble
 _PATIENCE_SECONDS = 300.0
+#: work for which another thread pays
+_WORTH_A_THREAD_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class RenderedPass:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """What became of one image of a pass; no result and no error: nobody waited for it any more."""
+
+    index: int
+    result: Result | None
+    error: Exception | None = None
+
+
 class Delivery:
     """Threads that encode and upload images, and one that records whole passes in the order they were rendered."""
 
@@ -52,7 +66,10 @@ class Delivery:
         self._leases = leases
         self._reporter = reporter
         self._stopping = stopping
-        self._senders = ThreadPoolExecutor(services.settings.upload_threads, thread_name_prefix="delivery")
+        self._threads = services.settings.upload_threads
+        #: what an image adds to the delivery of a pass, by the latest one
+        self._seconds_per_image = 0.0
+        self._senders = ThreadPoolExecutor(self._threads, thread_name_prefix="delivery")
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix="recorder")
         self._room = threading.BoundedSemaphore(MAX_PASSES)
         self._patiently = tenacity.Retrying(
@@ -66,8 +83,19 @@ class Delivery:
     def send(self, rendered: RenderedPass) -> None:
         """Take over a pass; waits while too many are here already."""
         self._room.acquire()
-        uploads = [self._senders.submit(self._store, rendered, index) for index in range(len(rendered.tasks))]
+        count = len(rendered.tasks)
+        threads = self._worthwhile_threads(count)
+        shares = [range(first, count, threads) for first in range(threads)]
+        uploads = [self._senders.submit(self._store_share, rendered, share) for share in shares]
         self._recorder.submit(self._record, rendered, uploads)
+
+    def _worthwhile_threads(self, count: int) -> int:
+        """As many threads as these images can keep busy, judging by the latest ones.
+
+        Threads that handle images of microseconds only fight for the interpreter; uploads that wait want all of them.
+        """
+        wanted = count * self._seconds_per_image / _WORTH_A_THREAD_SECONDS
+        return math.ceil(min(max(wanted, 1), count, self._threads))
 
     def flush(self) -> None:
         """Wait until everything sent so far is recorded."""
@@ -77,6 +105,18 @@ class Delivery:
         """Finish what is here and end the threads."""
         self._recorder.shutdown()
         self._senders.shutdown()
+
+    def _store_share(self, rendered: RenderedPass, share: Iterable[int]) -> list[_Stored]:
+        """Encode and upload some images of a pass; what goes wrong with one does not touch the others."""
+        stored: list[_Stored] = []
+        started = time.monotonic()
+        for index in share:
+            try:
+                stored.append(_Stored(index, self._store(rendered, index)))
+            except Exception as error:
+                stored.append(_Stored(index, None, error))
+        self._seconds_per_image = (time.monotonic() - started) / len(rendered.tasks)
+        return stored
 
     def _store(self, rendered: RenderedPass, index: int) -> Result | None:
         """Encode and upload one image. None where nobody waits for it any more."""
@@ -103,7 +143,10 @@ class Delivery:
 
     def _put(self, key: str, data: bytes, content_type: str) -> None:
         """Upload, again and again while the storage is in trouble: the image has cost too much to be thrown away."""
-        self._patiently(self._storage.put, key, data, content_type=content_type)
+        try:
+            self._storage.put(key, data, content_type=content_type)
+        except StorageError:
+            self._patiently(self._storage.put, key, data, content_type=content_type)
 
     def _complain(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -113,22 +156,20 @@ class Delivery:
     def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
         return self._stopping.is_set() or (state.seconds_since_start or 0.0) > _PATIENCE_SECONDS
 
-    def _record(self, rendered: RenderedPass, uploads: Sequence[Future[Result | None]]) -> None:
+    def _record(self, rendered: RenderedPass, uploads: Sequence[Future[list[_Stored]]]) -> None:
         try:
             results: list[Result] = []
             unwanted: list[int] = []
             failures: list[tuple[Failure, int, float | None]] = []
-            for task, upload in zip(rendered.tasks, uploads, strict=True):
-                try:
-                    result = upload.result()
-                except Exception as error:
-                    failure, wait = failure_of(task.job.id, error)
-                    failures.append((failure, task.job.attempt, wait))
-                    continue
-                if result is None:
-                    unwanted.append(task.job.id)
+            for stored in chain.from_iterable(upload.result() for upload in uploads):
+                job = rendered.tasks[stored.index].job
+                if stored.error is not None:
+                    failure, wait = failure_of(job.id, stored.error)
+                    failures.append((failure, job.attempt, wait))
+                elif stored.result is None:
+                    unwanted.append(job.id)
                 else:
-                    results.append(result)
+                    results.append(stored.result)
             if results:
                 self._reporter.succeed(rendered.token, results)
             if failures:

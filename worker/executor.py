@@ -222,8 +222,11 @@ class Executor:
 
     def _render(self, engine: Backend, claim: _Claim, group: Sequence[Task], waiting: dict[int, ClaimedJob]) -> None:
         """One pass. A pass that fails is split, so that one bad job does not take its mates along."""
-        tasks = [task for task in group if self._leases.is_wanted(task.job.id)]
-        self._drop(claim, [task for task in group if task not in tasks], waiting)
+        tasks: list[Task] = []
+        unwanted: list[Task] = []
+        for task in group:
+            (tasks if self._leases.is_wanted(task.job.id) else unwanted).append(task)
+        self._drop(claim, unwanted, waiting)
         if not tasks:
             return
         try:

@@ -117,7 +117,8 @@ def _difference_at_recorded_shape(
 
 def _shape(job: Job) -> int:
     assert job.image is not None
-    return int(job.image.facts["batch_size"])
+    assert job.image.batch_size is not None
+    return job.image.batch_size
 
 
 def _pixels(data: bytes) -> NDArray[np.int16]:
