@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.catalogue import ModelEntry
 from shared.errors import Canceled, Interrupted, OutOfMemory, Permanent, Transient
 from shared.settings import Settings, load_settings
-from shared.specs import RenderSpec
+from shared.specs import RenderSpec, spec_class
 from tests.fakes import tiny_models
 from tests.fakes.openai_server import KEY, ImagesServer
 from worker.backends import Backend, backends, open_backend
@@ -102,10 +102,10 @@ def engine(subject: Subject, open_model: Callable[[ModelEntry], Backend]) -> Bac
 
 
 def specs(subject: Subject, *seeds: int, **more: Any) -> list[RenderSpec]:
-    seeded = subject.entry.backend != "openai_images"
+    takes_seed = spec_class(subject.entry.backend).TAKES_SEED
     return [
         subject.entry.resolve(
-            {"prompt": "a red circle", **subject.parameters, **({"seed": s} if seeded else {}), **more}
+            {"prompt": "a red circle", **subject.parameters, **({"seed": s} if takes_seed else {}), **more}
         )
         for s in seeds
     ]
@@ -115,9 +115,10 @@ def render(engine: Backend, wanted: Sequence[RenderSpec]) -> list[NDArray[np.int
     return [np.asarray(one.image, np.int16) for one in engine.render(wanted, lambda done, total: None)]
 
 
-def reproducible(subject: Subject) -> None:
-    if subject.entry.backend == "openai_images":
-        pytest.skip("a hosted model draws its own seeds")
+#: a hosted model draws its own seeds
+seeded = pytest.mark.parametrize("subject", [b for b in backends() if spec_class(b).TAKES_SEED], indirect=True)
+#: PyTorch's own generator takes the low 32 bits of a seed; a known seed must mean what it means elsewhere
+seeded_by_63_bits = pytest.mark.parametrize("subject", ["fake", "gan"], indirect=True)
 
 
 def test_picture_i_belongs_to_spec_i(engine: Backend, subject: Subject) -> None:
@@ -144,23 +145,21 @@ def test_a_pass_can_be_left_and_the_next_one_works(engine: Backend, subject: Sub
     assert np.array_equal(render(engine, specs(subject, 1))[0], before[0])
 
 
+@seeded
 def test_the_seed_decides(engine: Backend, subject: Subject) -> None:
-    reproducible(subject)
     one, again, other = render(engine, specs(subject, 1))[0], *render(engine, specs(subject, 1, 2))
     assert np.abs(one - again).max() <= 1
     assert np.abs(one - other).max() > 1
 
 
+@seeded
 def test_mates_and_place_change_nothing_at_equal_size(engine: Backend, subject: Subject) -> None:
-    reproducible(subject)
     first = render(engine, specs(subject, 5, 1, 2, 3))[0]
     assert np.array_equal(first, render(engine, specs(subject, 7, 8, 9, 5))[3])
 
 
+@seeded_by_63_bits
 def test_seeds_of_63_bits_count_whole(engine: Backend, subject: Subject) -> None:
-    reproducible(subject)
-    if subject.entry.backend == "stable_diffusion":
-        pytest.skip("PyTorch's own generator takes the low 32 bits; a known seed must mean what it means elsewhere")
     low, high = render(engine, specs(subject, 3, 3 + 2**40))
     assert np.abs(low - high).max() > 1
 
