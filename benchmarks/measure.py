@@ -100,7 +100,7 @@ def resident_megabytes(pid: int) -> float:
     return max(process.memory_info().rss for process in [root, *root.children(recursive=True)]) / 1e6
 
 
-def keep(rows: Sequence[Row]) -> None:
-    """Append rows to `results.json`."""
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*old, *(row.record() for row in rows)], indent=1) + "\n")
+def keep(rows: Sequence[Row], results: Path = RESULTS) -> None:
+    """Append rows to `results`."""
+    old = json.loads(results.read_text()) if results.exists() else []
+    results.write_text(json.dumps([*old, *(row.record() for row in rows)], indent=1) + "\n")
