@@ -58,6 +58,11 @@ def may_rerun(error: BaseException) -> bool:
     return state in _RETRY_STATES or is_outage(error)
 
 
+def storable(text: str) -> str:
+    """What PostgreSQL can keep of a text that others wrote: it takes neither NUL nor lone surrogates."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction, committed at the end of the block. Raises `Unavailable` where the database is out of reach."""

@@ -100,6 +100,8 @@ class Settings(BaseSettings):
     cancel_poll_seconds: float = Field(1.0, gt=0)
     #: seconds without a denoising step after which a worker counts as hung and exits
     stall_seconds: float = Field(300.0, gt=0)
+    #: seconds that loading a model may take, downloads included, before the worker counts as hung
+    load_seconds: float = Field(3600.0, gt=0)
     #: seconds between two rounds of the keeper
     keeper_seconds: float = Field(5.0, gt=0)
     #: seconds that an idle worker keeps looking for rows before it waits for a bell

@@ -7,7 +7,7 @@ a kernel, and CUDA is touched in the child only.
 
 from __future__ import annotations
 
-import multiprocessing
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 from celery import Celery
@@ -15,11 +15,27 @@ from celery.signals import setup_logging, worker_shutting_down
 from kombu.entity import Queue
 
 from shared import logs
+from shared.catalogue import load_catalogue
+from shared.errors import SettingsError
 from shared.queue import broker_url, queue_name
 from shared.settings import Settings, load_settings
 
-#: set in the parent when the worker is told to stop, read in the child (created before the fork, so they share it)
-stopping = multiprocessing.Event()
+#: Not 0 once the worker is told to stop: written in the parent, read in the child (both share it over the fork). A bare
+#: byte rather than an Event, whose lock stays taken for good when a child is killed while it waits for it.
+stopping = RawValue("b", 0)
+
+
+def served_models(settings: Settings) -> list[str]:
+    """The models that this worker serves: those that the settings name, else the whole catalogue.
+
+    Raises `SettingsError` where one is unknown, so that a slip of the pen is seen when the worker starts.
+    """
+    catalogue = load_catalogue(settings.catalogue)
+    if unknown := [name for name in settings.served_models if name not in catalogue]:
+        raise SettingsError(
+            f"IMAGEFARM_WORKER_MODELS: {unknown[0]!r} is not in {settings.catalogue}; it has {', '.join(catalogue)}"
+        )
+    return settings.served_models or list(catalogue)
 
 
 def make_app(settings: Settings) -> Celery:
@@ -31,7 +47,7 @@ def make_app(settings: Settings) -> Celery:
         result_backend=None,
         task_serializer="json",
         accept_content=["json"],
-        task_queues=[Queue(queue_name(model)) for model in settings.served_models],
+        task_queues=[Queue(queue_name(model)) for model in served_models(settings)],
         task_publish_retry=False,
         worker_pool="prefork",
         worker_concurrency=1,
@@ -60,7 +76,7 @@ def _set_up_logging(**_: Any) -> None:
 
 @worker_shutting_down.connect
 def _tell_child(**_: Any) -> None:
-    stopping.set()
+    stopping.value = 1
 
 
 app = make_app(load_settings())

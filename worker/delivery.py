@@ -121,7 +121,7 @@ class Delivery:
     def _store(self, rendered: RenderedPass, index: int) -> Result | None:
         """Encode and upload one image. None where nobody waits for it any more."""
         job, spec = rendered.tasks[index].job, rendered.tasks[index].spec
-        if not self._leases.is_wanted(job.id):
+        if not self._leases.is_wanted(rendered.token, job.id):
             return None
         picture = rendered.pictures[index]
         encoded = encode(picture.image, spec, model=rendered.entry.name, revision=rendered.entry.revision)
@@ -178,6 +178,6 @@ class Delivery:
         except Exception:
             # the leases of these jobs run out and they are rendered again; the worker itself goes on
             logger.exception("recording a pass failed")
-            self._leases.let_go([task.job.id for task in rendered.tasks])
+            self._leases.let_go(rendered.token, [task.job.id for task in rendered.tasks])
         finally:
             self._room.release()

@@ -167,12 +167,11 @@ class Executor:
     def _execute(self, claim: _Claim) -> None:
         """Render what was claimed, pass by pass. Each job leaves through delivery or through a report."""
         self._leases.hold(claim.token, [job.id for job in claim.jobs])
-        self._leases.progress()
         unwanted = [job.id for job in claim.jobs if job.cancel_requested]
         self._reporter.drop(claim.token, unwanted)
         waiting = {job.id: job for job in claim.jobs if not job.cancel_requested}
         try:
-            engine = self._residency.engine(claim.model) if waiting else None
+            engine = self._engine(claim.model) if waiting else None
             tasks = self._tasks(claim, waiting)
             if engine is not None and tasks:
                 size = self._pass_size(engine, tasks[0])
@@ -186,8 +185,10 @@ class Executor:
         except Exception as error:
             logger.exception("a claim failed")
             self._give_up(claim, list(waiting.values()), error)
-        finally:
-            self._leases.idle()
+
+    def _engine(self, model: str) -> Backend:
+        with self._leases.watched(self._services.settings.load_seconds):
+            return self._residency.engine(model)
 
     def _tasks(self, claim: _Claim, waiting: dict[int, ClaimedJob]) -> list[Task]:
         entry = self._services.catalogue[claim.model]
@@ -225,12 +226,12 @@ class Executor:
         tasks: list[Task] = []
         unwanted: list[Task] = []
         for task in group:
-            (tasks if self._leases.is_wanted(task.job.id) else unwanted).append(task)
+            (tasks if self._leases.is_wanted(claim.token, task.job.id) else unwanted).append(task)
         self._drop(claim, unwanted, waiting)
         if not tasks:
             return
         try:
-            pictures, seconds = self._pass(engine, tasks)
+            pictures, seconds = self._pass(engine, claim, tasks)
         except Interrupted:
             raise
         except Canceled:
@@ -252,17 +253,23 @@ class Executor:
             entry = self._services.catalogue[claim.model]
             self._delivery.send(RenderedPass(claim.token, entry, tasks, pictures, seconds))
 
-    def _pass(self, engine: Backend, tasks: Sequence[Task]) -> tuple[list[Rendered], float]:
+    def _pass(self, engine: Backend, claim: _Claim, tasks: Sequence[Task]) -> tuple[list[Rendered], float]:
         def on_step(done: int, total: int) -> None:
             self._leases.progress()
             if time.monotonic() > self._interrupt_at:
                 raise Interrupted
-            if not any(self._leases.is_wanted(task.job.id) for task in tasks):
+            if not any(self._leases.is_wanted(claim.token, task.job.id) for task in tasks):
                 raise Canceled
 
         started = time.monotonic()
-        pictures = engine.render([task.spec for task in tasks], on_step)
+        with self._leases.watched(self._longest_silence(claim.model)):
+            pictures = engine.render([task.spec for task in tasks], on_step)
         return pictures, time.monotonic() - started
+
+    def _longest_silence(self, model: str) -> float:
+        """Seconds between two steps after which the device counts as hung; a vendor may use its own time-out too."""
+        hosted = self._services.catalogue[model].hosted
+        return self._services.settings.stall_seconds + (hosted.timeout_seconds if hosted else 0.0)
 
     # ------------------------------------------------------------------------------------------ jobs without image
 

@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-from sqlalchemy import func, update
+from sqlalchemy import Connection, func, update
 from sqlalchemy.dialects.postgresql import insert
 
 from shared import lifecycle
-from shared.database import transaction
+from shared.database import storable, transaction
 from shared.errors import Unavailable
+from shared.lifecycle import Lease
 from shared.models import Worker
 from shared.services import Services
 from worker.device import describe
@@ -40,10 +40,11 @@ class Leases:
         self._services = services
         self._models = list(models)
         self._lock = threading.Lock()
-        self._held: dict[int, uuid.UUID] = {}
-        self._unwanted: set[int] = set()
-        self._lost: set[int] = set()
-        self._busy_since: float | None = None
+        # by lease and not by job: a job whose lease we lost may come back to us under a new one
+        self._held: set[Lease] = set()
+        self._unwanted: set[Lease] = set()
+        self._silent_since: float | None = None
+        self._may_be_silent = 0.0
         self._resident: Callable[[], list[str]] = list
         self._images = 0
         self._last_error: str | None = None
@@ -60,28 +61,36 @@ class Leases:
     def hold(self, token: uuid.UUID, job_ids: Iterable[int]) -> None:
         """These jobs are ours from now on."""
         with self._lock:
-            self._held.update(dict.fromkeys(job_ids, token))
+            self._held.update(Lease(job_id, token) for job_id in job_ids)
 
-    def let_go(self, job_ids: Iterable[int]) -> None:
+    def let_go(self, token: uuid.UUID, job_ids: Iterable[int]) -> None:
         """We are done with these jobs, one way or another."""
+        leases = {Lease(job_id, token) for job_id in job_ids}
         with self._lock:
-            for job_id in job_ids:
-                self._held.pop(job_id, None)
-                self._unwanted.discard(job_id)
-                self._lost.discard(job_id)
+            self._held -= leases
+            self._unwanted -= leases
 
-    def is_wanted(self, job_id: int) -> bool:
-        """Whether anybody still waits for this job's image: not canceled, and the lease still ours."""
+    def is_wanted(self, token: uuid.UUID, job_id: int) -> bool:
+        """Whether anybody still waits for this job's image from us: not canceled, and the lease still ours."""
         with self._lock:
-            return job_id not in self._unwanted and job_id not in self._lost
+            return Lease(job_id, token) not in self._unwanted
+
+    @contextmanager
+    def watched(self, seconds: float) -> Iterator[None]:
+        """The device works inside this block; if it is silent for `seconds`, this process ends itself.
+
+        Whatever else a worker waits for (storage, database) is outside: that is no hung device.
+        """
+        self._may_be_silent = seconds
+        self._silent_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._silent_since = None
 
     def progress(self) -> None:
-        """The device has just shown that it is alive (a step, a finished load)."""
-        self._busy_since = time.monotonic()
-
-    def idle(self) -> None:
-        """The device has nothing to do, so silence is no stall."""
-        self._busy_since = None
+        """The device has just shown that it is alive."""
+        self._silent_since = time.monotonic()
 
     def count(self, images: int) -> None:
         with self._lock:
@@ -93,7 +102,7 @@ class Leases:
 
     def report_error(self, message: str) -> None:
         """What operators see beside this worker."""
-        self._last_error = message[:500]
+        self._last_error = storable(message)[:500]
 
     # -- the thread
 
@@ -116,40 +125,49 @@ class Leases:
                 return
 
     def _heartbeat(self) -> None:
+        # two transactions: nothing that could be wrong with our own row may cost us the leases
+        self._renew()
+        self._say_hello()
+
+    def _renew(self) -> None:
+        held = self._held_now()
+        if not held:
+            return
+        with transaction(self._services.engine) as connection:
+            kept = lifecycle.extend(connection, held, lease_seconds=self._services.settings.lease_seconds)
+        if lost := self._mark(held - kept):
+            logger.warning("lost the lease of %d job(s)", len(lost))
+
+    def _look_for_cancels(self) -> None:
+        held = self._held_now()
+        if not held:
+            return
+        with transaction(self._services.engine) as connection:
+            canceled = lifecycle.unwanted(connection, [lease.job_id for lease in held])
+        self._mark({lease for lease in held if lease.job_id in canceled})
+
+    def _held_now(self) -> set[Lease]:
         with self._lock:
-            held = dict(self._held)
+            return set(self._held)
+
+    def _mark(self, unwanted: set[Lease]) -> set[Lease]:
+        """Note that nobody waits for these images; what was let go meanwhile is left alone. Returns the new ones."""
+        with self._lock:
+            new = (unwanted & self._held) - self._unwanted
+            self._unwanted |= new
+            return new
+
+    def _say_hello(self) -> None:
+        with self._lock:
             images, self._images = self._images, 0
         try:
             with transaction(self._services.engine) as connection:
-                if held:
-                    kept = lifecycle.extend(
-                        connection,
-                        list(held),
-                        sorted(set(held.values())),
-                        lease_seconds=self._services.settings.lease_seconds,
-                    )
-                    self._mark(lost=set(held) - kept)
-                self._say_hello(connection, images)
+                self._write_row(connection, images)
         except BaseException:
             self.count(images)
             raise
 
-    def _look_for_cancels(self) -> None:
-        with self._lock:
-            held = list(self._held)
-        if held:
-            with transaction(self._services.engine) as connection:
-                self._mark(unwanted=lifecycle.unwanted(connection, held))
-
-    def _mark(self, *, lost: AbstractSet[int] = frozenset(), unwanted: AbstractSet[int] = frozenset()) -> None:
-        with self._lock:
-            # a job that was let go meanwhile is nobody's business any more
-            self._lost |= lost & self._held.keys()
-            self._unwanted |= unwanted & self._held.keys()
-        if lost:
-            logger.warning("lost the lease of %d job(s)", len(lost))
-
-    def _say_hello(self, connection: Any, images: int) -> None:
+    def _write_row(self, connection: Connection, images: int) -> None:
         changing = {
             "models": self._models,
             "resident": self._resident(),
@@ -171,10 +189,9 @@ class Leases:
         )
 
     def _exit_if_stalled(self) -> None:
-        since = self._busy_since
-        limit = self._services.settings.stall_seconds
+        since, limit = self._silent_since, self._may_be_silent
         if since is not None and time.monotonic() - since > limit:
-            logger.critical("no denoising step for %.0f s: the device hangs; this worker process ends now", limit)
+            logger.critical("no sign of progress for %.0f s: the device hangs; this worker process ends now", limit)
             # a hung kernel cannot be interrupted; without heartbeats the jobs go to others
             os._exit(EXIT_STALLED)
 

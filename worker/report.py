@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tenacity
 from sqlalchemy import Connection
 
 from shared import lifecycle
-from shared.database import transaction
+from shared.database import storable, transaction
 from shared.errors import FarmError, Permanent, RenderError, StorageError, Unavailable
 from shared.lifecycle import Failure, Result
 from shared.services import Services
@@ -32,7 +33,7 @@ _PATIENCE_WHEN_STOPPING_SECONDS = 5.0
 
 
 class Reporter:
-    """Reports of one worker. Every method ends our hold on the jobs that it names."""
+    """Reports of one worker. Every method ends our hold on the jobs that it names, even where the report fails."""
 
     def __init__(self, services: Services, leases: Leases, stopping: threading.Event) -> None:
         self._services = services
@@ -42,13 +43,13 @@ class Reporter:
     def succeed(self, token: uuid.UUID, results: Sequence[Result]) -> None:
         """Record stored images. What the fence refuses is canceled, if somebody asked, or somebody else's."""
         ids = [result.job_id for result in results]
-        accepted = self._persist(lambda connection: lifecycle.succeed(connection, token, results))
-        if accepted is not None and (refused := set(ids) - accepted):
-            dropped = self._persist(lambda connection: lifecycle.drop(connection, token, sorted(refused))) or set()
-            if late := refused - dropped:
-                logger.warning("%d result(s) came too late and were refused", len(late))
-        self._leases.count(len(accepted or ()))
-        self._leases.let_go(ids)
+        with self._ending(token, ids):
+            accepted = self._persist(lambda connection: lifecycle.succeed(connection, token, results))
+            self._leases.count(len(accepted or ()))
+            if accepted is not None and (refused := set(ids) - accepted):
+                dropped = self._persist(lambda connection: lifecycle.drop(connection, token, sorted(refused))) or set()
+                if late := refused - dropped:
+                    logger.warning("%d result(s) came too late and were refused", len(late))
 
     def give_up(self, token: uuid.UUID, failures: Sequence[tuple[Failure, int, float | None]]) -> None:
         """End these attempts as the policy of their outcome says.
@@ -66,23 +67,31 @@ class Reporter:
                 again.append(failure)
                 delays.append(delay)
             logger.warning("job %d, attempt %d: %s: %s", failure.job_id, attempt, failure.error_class, failure.detail)
-        if again:
-            self._persist(lambda connection: lifecycle.retry(connection, token, again, delays))
-        if over:
-            self._persist(lambda connection: lifecycle.fail(connection, token, over))
-        self._leases.let_go([failure.job_id for failure, _, _ in failures])
+        with self._ending(token, [failure.job_id for failure, _, _ in failures]):
+            if again:
+                self._persist(lambda connection: lifecycle.retry(connection, token, again, delays))
+            if over:
+                self._persist(lambda connection: lifecycle.fail(connection, token, over))
 
     def release(self, token: uuid.UUID, ids: Sequence[int]) -> None:
         """Put jobs back uncounted: we stop, or cannot serve this model."""
-        if ids:
-            self._persist(lambda connection: lifecycle.release(connection, token, ids))
-            self._leases.let_go(ids)
+        with self._ending(token, ids):
+            if ids:
+                self._persist(lambda connection: lifecycle.release(connection, token, ids))
 
     def drop(self, token: uuid.UUID, ids: Sequence[int]) -> None:
         """End jobs as canceled. Jobs whose lease is lost are not touched by this."""
-        if ids:
-            self._persist(lambda connection: lifecycle.drop(connection, token, ids))
-            self._leases.let_go(ids)
+        with self._ending(token, ids):
+            if ids:
+                self._persist(lambda connection: lifecycle.drop(connection, token, ids))
+
+    @contextmanager
+    def _ending(self, token: uuid.UUID, ids: Sequence[int]) -> Iterator[None]:
+        """Whatever becomes of the report, no heartbeat keeps these leases any longer: a job without one is rescued."""
+        try:
+            yield
+        finally:
+            self._leases.let_go(token, ids)
 
     def _persist(self, work: Callable[[Connection], T]) -> T | None:
         """Run `work` in a transaction of its own until the database answers; None where it never did."""
@@ -109,7 +118,7 @@ class Reporter:
 
 def failure_of(job_id: int, error: BaseException) -> tuple[Failure, float | None]:
     """What an exception means for a job: its outcome, its class, and how long the other side asked us to wait."""
-    detail = str(error)[:2000] or type(error).__name__
+    detail = storable(str(error))[:2000] or type(error).__name__
     if isinstance(error, RenderError):
         error_class = error.reason if isinstance(error, Permanent) else error.code
         return Failure(job_id, error.outcome, error_class, detail), getattr(error, "retry_after", None)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -41,6 +41,13 @@ class ClaimedJob:
     prompt: str
     seed: int
     overrides: dict[str, Any] | None
+
+
+class Lease(NamedTuple):
+    """The right to render a job: only a worker that holds it may end the attempt."""
+
+    job_id: int
+    token: uuid.UUID
 
 
 @dataclass(frozen=True)
@@ -92,12 +99,14 @@ def claimed(connection: Connection, token: uuid.UUID) -> list[ClaimedJob]:
     return [ClaimedJob(*row) for row in connection.execute(statements.CLAIMED, {"token": token})]
 
 
-def extend(
-    connection: Connection, ids: Sequence[int], tokens: Sequence[uuid.UUID], *, lease_seconds: float
-) -> set[int]:
-    """Heartbeat: renew the lease of these jobs in one statement. Returns those that are still ours."""
-    values = {"ids": list(ids), "tokens": list(tokens), "lease": lease_seconds}
-    return set(connection.execute(statements.EXTEND, values).scalars())
+def extend(connection: Connection, leases: Collection[Lease], *, lease_seconds: float) -> set[Lease]:
+    """Heartbeat: renew these leases in one statement. Returns those that are still ours."""
+    values = {
+        "ids": [lease.job_id for lease in leases],
+        "tokens": [lease.token for lease in leases],
+        "lease": lease_seconds,
+    }
+    return {Lease(*row) for row in connection.execute(statements.EXTEND, values)}
 
 
 def unwanted(connection: Connection, ids: Sequence[int]) -> set[int]:
@@ -152,12 +161,12 @@ def fail(connection: Connection, token: uuid.UUID, failures: Sequence[Failure]) 
 
 
 def retry(connection: Connection, token: uuid.UUID, failures: Sequence[Failure], delays: Sequence[float]) -> set[int]:
-    """Let these jobs run again, each after its delay in seconds. Returns those that were still ours."""
+    """Let these jobs run again, each after its delay in seconds; a canceled one ends. Returns those still ours."""
     return _give_up(connection, statements.RETRY, token, failures, delays)
 
 
 def release(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
-    """Put these jobs back as if they had not been claimed: the attempt does not count."""
+    """Put these jobs back as if they had not been claimed: the attempt does not count. A canceled one ends."""
     return _give_up(
         connection,
         statements.RELEASE,
@@ -212,6 +221,8 @@ def cancel(connection: Connection, batch_id: int, idx: int | None = None, *, lim
 
     Returns how many ended here; call again until it is 0.
     """
+    if idx is not None:
+        connection.execute(statements.LOCK_JOB, {"batch": batch_id, "idx": idx})
     moved = _move_chunk(connection, statements.CANCEL, batch_id, idx, limit)
     connection.execute(statements.FLAG_RENDERING, {"batch": batch_id, "idx": idx})
     return moved

@@ -81,9 +81,10 @@ WHERE j.state = '{State.RENDERING}' AND j.lease_token = :token ORDER BY j.priori
 """)
 
 EXTEND = text(f"""
-UPDATE job SET lease_expires_at = clock_timestamp() + make_interval(secs => :lease)
-WHERE id = ANY(:ids) AND state = '{State.RENDERING}' AND lease_token = ANY(:tokens)
-RETURNING id
+UPDATE job j SET lease_expires_at = clock_timestamp() + make_interval(secs => :lease)
+FROM unnest(:ids, :tokens) AS held (id, token)
+WHERE j.id = held.id AND j.state = '{State.RENDERING}' AND j.lease_token = held.token
+RETURNING j.id, j.lease_token
 """).bindparams(bindparam("ids", type_=ARRAY(BIGINT)), bindparam("tokens", type_=ARRAY(UUID(as_uuid=True))))
 
 UNWANTED = text("""
@@ -123,17 +124,20 @@ WHERE a.job_id = ANY(:ids) AND a.lease_token = :token AND a.outcome = '{Outcome.
 """).bindparams(bindparam("ids", type_=ARRAY(BIGINT)))
 
 
-def _unsuccessful(verb: str, enters: State, assignments: str) -> Any:
-    """One statement for the verbs by which a worker gives a job up; they differ in what they write."""
+def _unsuccessful(verb: str, enters: str, assignments: str) -> Any:
+    """One statement for the verbs by which a worker gives a job up; they differ in what they write.
+
+    `enters` is the SQL of the new state.
+    """
     return text(f"""
 WITH failure AS (
     SELECT * FROM unnest(:ids, :outcomes, :classes, :details, :delays)
     AS f (id, outcome, error_class, error_detail, delay) ORDER BY id),
   moved AS (
-    UPDATE job j SET state = '{enters}', {_ENDED}, {assignments}
+    UPDATE job j SET state = {enters}, {_ENDED}, {assignments}
     FROM failure f WHERE j.id = f.id AND j.{_leaves(verb)} AND j.lease_token = :token
     RETURNING j.id, j.batch_id, j.idx, j.attempt, j.claimed_by, j.claimed_at, f.outcome, f.error_class, f.error_detail,
-              '{State.RENDERING}' AS was, '{enters}' AS now),
+              '{State.RENDERING}' AS was, j.state AS now),
   ended AS (
     INSERT INTO attempt (job_id, lease_token, attempt, worker_id, started_at, outcome, error_class, error_detail)
     SELECT id, :token, attempt, claimed_by, claimed_at, outcome, error_class, error_detail FROM moved
@@ -149,18 +153,28 @@ SELECT id FROM moved
 
 
 FAIL = _unsuccessful(
-    "fail", State.FAILED,
+    "fail", f"'{State.FAILED}'",
     "error_class = f.error_class, error_detail = f.error_detail, finished_at = clock_timestamp()",
 )  # fmt: skip
 
+
+def _waits_again(state: State) -> str:
+    """A job that goes back to wait ends here instead where somebody has asked to cancel it."""
+    return f"CASE WHEN j.cancel_requested THEN '{State.CANCELED}' ELSE '{state}' END"
+
+
+_ENDS_IF_CANCELED = "finished_at = CASE WHEN j.cancel_requested THEN clock_timestamp() END"
+
 RETRY = _unsuccessful(
-    "retry", State.SCHEDULED,
-    "error_detail = f.error_detail, run_at = clock_timestamp() + make_interval(secs => f.delay)",
+    "retry", _waits_again(State.SCHEDULED),
+    "error_detail = f.error_detail,"
+    " run_at = CASE WHEN NOT j.cancel_requested THEN clock_timestamp() + make_interval(secs => f.delay) END, "
+    + _ENDS_IF_CANCELED,
 )  # fmt: skip
 
-RELEASE = _unsuccessful("release", State.QUEUED, "attempt = j.attempt - 1")
+RELEASE = _unsuccessful("release", _waits_again(State.QUEUED), f"attempt = j.attempt - 1, {_ENDS_IF_CANCELED}")
 
-DROP = _unsuccessful("drop", State.CANCELED, "finished_at = clock_timestamp(), cancel_requested = true")
+DROP = _unsuccessful("drop", f"'{State.CANCELED}'", "finished_at = clock_timestamp(), cancel_requested = true")
 
 RESCUE = text(f"""
 WITH lost AS MATERIALIZED (
@@ -224,6 +238,9 @@ RESUBMIT = _mass_move(
     "attempt = 0, lost_count = 0, cancel_requested = false, error_class = NULL, error_detail = NULL,"
     " finished_at = NULL",
 )  # fmt: skip
+
+#: Before one job is canceled: what a worker is just about to write about it comes either before or after.
+LOCK_JOB = text("SELECT FROM job WHERE batch_id = :batch AND idx = :idx FOR UPDATE")
 
 FLAG_RENDERING = text(f"""
 UPDATE job SET cancel_requested = true WHERE id IN (

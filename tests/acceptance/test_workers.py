@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -126,6 +127,52 @@ def test_a_terminated_worker_burns_no_attempt_and_exits_soon(
     assert rows == [(State.QUEUED, 0, 0)] * 3
 
 
+def test_a_worker_whose_child_was_killed_can_still_be_told_to_stop(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    with celery_worker(quick, tmp_path / "one.log", "fake") as worker:
+        batch = submit_fake(services, tenant, 1)
+        finished(services, tenant, batch)
+        os.kill(int(children_of(worker.pid)[0]), signal.SIGKILL)
+        batch = submit_fake(services, tenant, 3, step_seconds=0.05, num_inference_steps=1000)
+        wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the next child's claim")
+        worker.popen.terminate()
+        assert worker.popen.wait(quick.grace_seconds + 20) == 0
+
+
+def test_waiting_for_the_storage_is_no_hung_device(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    impatient = quick.model_copy(update={"stall_seconds": 0.5})
+    folder = Path(urlsplit(quick.storage_url).path)
+    with celery_worker(impatient, tmp_path / "worker.log", "fake") as worker:
+        finished(services, tenant, submit_fake(services, tenant, 1))
+        aside = folder.rename(folder.with_name("aside"))
+        folder.write_text("in the way")
+        # more passes than may wait for their delivery
+        batches = [submit_fake(services, tenant, 4, num_inference_steps=steps) for steps in range(1, 7)]
+        wait_for(lambda: worker.text().count("upload failed") >= 6, what="uploads that fail again and again")
+        folder.unlink()
+        aside.rename(folder)
+        for batch in batches:
+            assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 4
+        assert "hangs" not in worker.text()
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(func.max(Job.lost_count))).scalar_one() == 0
+
+
+def test_a_worker_that_starts_before_its_storage_works_as_soon_as_it_is_there(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    folder = Path(urlsplit(quick.storage_url).path)
+    folder.write_text("in the way")
+    batch = submit_fake(services, tenant, 3)
+    with keeper(quick, tmp_path / "keeper.log"), celery_worker(quick, tmp_path / "worker.log", "fake") as worker:
+        wait_for(lambda: "cannot work yet" in worker.text(), what="the worker's complaint")
+        folder.unlink()
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 3
+
+
 def test_workers_on_two_hosts_share_a_batch_with_only_urls_in_common(
     services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
 ) -> None:
@@ -187,7 +234,7 @@ def test_a_hung_device_ends_its_worker(
     with celery_worker(impatient, tmp_path / "worker.log", "fake") as worker, keeper(impatient, tmp_path / "k.log"):
         done = finished(services, tenant, batch)
         assert done.counts[State.FAILED] == 1
-        assert "no denoising step" in worker.text()
+        assert "the device hangs" in worker.text()
     with transaction(services.engine) as connection:
         assert connection.execute(select(Job.error_class, Job.lost_count)).one() == ("poison", 3)
 
@@ -197,6 +244,12 @@ def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, sett
     with Process([sys.executable, "-m", "celery", "-A", "worker.app", "worker"], broken, tmp_path / "w.log") as worker:
         assert worker.popen.wait(30) != 0
         assert "STORAGE_URL" in worker.text()
+
+
+def test_a_worker_refuses_a_model_that_is_not_in_the_catalogue(tmp_path: Path, settings: Settings) -> None:
+    with celery_worker(settings, tmp_path / "w.log", "fake", "demo-difusion") as worker:
+        assert worker.popen.wait(30) != 0
+        assert "IMAGEFARM_WORKER_MODELS: 'demo-difusion' is not in" in worker.text()
 
 
 def test_services_open_without_connecting(settings: Settings) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, func, select, update
+from sqlalchemy.exc import DataError
 
 from shared import control, lifecycle, progress
 from shared.catalogue import Catalogue
 from shared.database import transaction
+from shared.errors import Permanent
 from shared.models import Attempt, Batch, Job
 from shared.plan import plan
 from shared.services import Services
@@ -28,6 +30,8 @@ from tests.farm import wait_for
 from tests.integration.test_lifecycle import assert_counters_match
 from worker.backends.fake import draw
 from worker.executor import Executor
+from worker.leases import Leases
+from worker.report import Reporter, failure_of
 
 
 @contextmanager
@@ -160,6 +164,74 @@ def test_a_lost_lease_stops_the_pass_and_its_result_is_not_recorded(services: Se
         assert not drain.is_alive()
     job = jobs_of(services, tenant, batch)[0]
     assert (job.state, job.worker) == (State.RENDERING, "other")
+
+
+def test_a_job_that_comes_back_is_held_under_its_new_lease(services: Services, tenant: TenantIdentity) -> None:
+    submit_fake(services, tenant, [{"prompt": "a"}])
+    first, second = uuid.uuid4(), uuid.uuid4()
+    with leasing(services) as leases:
+        with transaction(services.engine) as connection:
+            lost = lifecycle.claim(connection, "fake", worker="we", token=first, lease_seconds=60, limit=1)[0].id
+            leases.hold(first, [lost])
+            lifecycle.rescue(connection, workers=["we"])
+            lifecycle.claim(connection, "fake", worker="we", token=second, lease_seconds=60, limit=1)
+        leases.hold(second, [lost])
+        wait_for(lambda: not leases.is_wanted(first, lost), what="the loss to be noticed")
+        assert leases.is_wanted(second, lost)
+        leases.let_go(first, [lost])
+        with transaction(services.engine) as connection:
+            control.cancel_job(services, tenant.id, batch_of(connection, lost), 0)
+        wait_for(lambda: not leases.is_wanted(second, lost), what="the cancel to be noticed")
+
+
+def test_a_report_that_fails_keeps_no_lease_alive(services: Services, tenant: TenantIdentity) -> None:
+    submit_fake(services, tenant, [{"prompt": "a"}])
+    token = uuid.uuid4()
+    with leasing(services, lease_seconds=0.5) as leases:
+        with transaction(services.engine) as connection:
+            job = lifecycle.claim(connection, "fake", worker="we", token=token, lease_seconds=0.5, limit=1)[0]
+        leases.hold(token, [job.id])
+        unwritable = lifecycle.Result(job.id, "key.png", b"\1" * 32, 0.5, {"note": "\x00"})
+        with pytest.raises(DataError):
+            Reporter(services, leases, threading.Event()).succeed(token, [unwritable])
+
+        def rescued() -> object:
+            with transaction(services.engine) as connection:
+                return lifecycle.rescue(connection)
+
+        assert wait_for(rescued, seconds=10, what="the lease to run out") == [("fake", State.QUEUED)]
+
+
+def test_what_others_wrote_is_made_storable(services: Services, tenant: TenantIdentity) -> None:
+    submit_fake(services, tenant, [{"prompt": "a"}])
+    token = uuid.uuid4()
+    with leasing(services) as leases:
+        with transaction(services.engine) as connection:
+            job = lifecycle.claim(connection, "fake", worker="we", token=token, lease_seconds=60, limit=1)[0]
+        leases.hold(token, [job.id])
+        failure, wait = failure_of(job.id, Permanent("bad\x00 \ud800 answer"))
+        Reporter(services, leases, threading.Event()).give_up(token, [(failure, 1, wait)])
+        leases.report_error("the vendor said \x00 \udfff")
+        wait_for(lambda: _workers(services)[0].last_error == "the vendor said  ?", what="the worker's complaint")
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Job.error_detail)).scalar_one() == "bad ? answer"
+
+
+def batch_of(connection: Connection, job_id: int) -> uuid.UUID:
+    found = select(Batch.public_id).join(Job, Job.batch_id == Batch.id).where(Job.id == job_id)
+    return connection.execute(found).scalar_one()
+
+
+@contextmanager
+def leasing(services: Services, **settings: object) -> Iterator[Leases]:
+    """Leases with quick heartbeats, ended with the block."""
+    quick = {"heartbeat_seconds": 0.1, "cancel_poll_seconds": 0.1, **settings}
+    leases = Leases(replace(services, settings=services.settings.model_copy(update=quick)), ["fake"])
+    leases.start(list)
+    try:
+        yield leases
+    finally:
+        leases.stop()
 
 
 def test_a_model_that_cannot_be_loaded_burns_no_job(services: Services, tenant: TenantIdentity) -> None:

@@ -13,13 +13,14 @@ from sqlalchemy.exc import IntegrityError
 
 from shared import lifecycle
 from shared.database import transaction
-from shared.lifecycle import Failure, Result
+from shared.lifecycle import Failure, Lease, Result
 from shared.models import Attempt, Batch, BatchCounter, Job, WebhookOutbox
 from shared.plan import plan
 from shared.services import Services
 from shared.states import MOVES, POISON, Outcome, State
 from shared.submit import submit
 from shared.tenants import TenantIdentity
+from tests.farm import wait_for
 
 TOKEN = uuid.UUID(int=7)
 
@@ -213,7 +214,8 @@ def test_a_heartbeat_renews_what_is_ours_and_names_what_is_not(services: Service
     submit_jobs(services, tenant, 2)
     with transaction(services.engine) as connection:
         mine, other = claim(connection)[0].id, claim(connection, token=uuid.UUID(int=9))[0].id
-        assert lifecycle.extend(connection, [mine, other], [TOKEN], lease_seconds=500) == {mine}
+        asked = {Lease(mine, TOKEN), Lease(other, TOKEN), Lease(mine, uuid.UUID(int=9))}
+        assert lifecycle.extend(connection, asked, lease_seconds=500) == {Lease(mine, TOKEN)}
         seconds = func.extract("epoch", Job.lease_expires_at - func.clock_timestamp())
         assert connection.execute(select(seconds).where(Job.id == mine)).scalar_one() > 400
         assert connection.execute(select(seconds).where(Job.id == other)).scalar_one() < 100
@@ -236,6 +238,40 @@ def test_a_canceled_job_does_not_succeed(services: Services, tenant: TenantIdent
         assert lifecycle.succeed(connection, TOKEN, [result(job_id)]) == set()
         assert lifecycle.drop(connection, TOKEN, [job_id]) == {job_id}
         assert_counters_match(connection)
+
+
+@pytest.mark.parametrize("verb", ["retry", "release", "rescue"])
+def test_a_canceled_job_does_not_wait_again(services: Services, tenant: TenantIdentity, verb: str) -> None:
+    batch_id = submit_jobs(services, tenant)
+    with transaction(services.engine) as connection:
+        job_id = claim(connection)[0].id
+        lifecycle.cancel(connection, batch_id, 0)
+        assert VERBS[verb](connection, batch_id, job_id)
+        assert state_of(connection, job_id) is State.CANCELED
+        assert_counters_match(connection)
+
+
+def test_a_cancel_that_meets_a_release_is_not_lost(services: Services, tenant: TenantIdentity) -> None:
+    batch_id = submit_jobs(services, tenant)
+    with transaction(services.engine) as connection:
+        job_id = claim(connection)[0].id
+
+    def cancel() -> None:
+        with transaction(services.engine) as connection:
+            lifecycle.cancel(connection, batch_id, 0)
+
+    canceling = threading.Thread(target=cancel)
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    with transaction(services.engine) as connection:
+        lifecycle.release(connection, TOKEN, [job_id])
+        canceling.start()
+        with services.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as looking:
+            wait_for(lambda: looking.execute(waits).scalar_one(), what="the cancel to wait for the release")
+    canceling.join()
+    with transaction(services.engine) as connection:
+        assert state_of(connection, job_id) is State.CANCELED
 
 
 def test_a_lost_claim_answer_is_found_by_its_token(services: Services, tenant: TenantIdentity) -> None:
