@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from flask import Request
+from gunicorn.http.errors import ParseException
 
 from api.auth import tenant
 from api.context import context
@@ -64,11 +65,14 @@ class StrictRequest(Request):
         if (self.content_length or 0) > limit:
             raise too_large
         parts, size = [], 0
-        while part := self.stream.read(_PART):
-            size += len(part)
-            if size > limit:
-                raise too_large
-            parts.append(part)
+        try:
+            while part := self.stream.read(_PART):
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+        except ParseException:
+            raise _refused("malformed-body", "its chunks are not what HTTP says they are") from None
         return b"".join(parts)
 
 

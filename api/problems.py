@@ -39,6 +39,7 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="imagefarm"'}
 #: by the code of an error, or of the first fault of an `InvalidInput`
 _KINDS: dict[str, _Kind] = {
     "malformed-json": _Kind(400, "The body is not JSON."),
+    "malformed-body": _Kind(400, "The body did not arrive as HTTP wants it."),
     "duplicate-key": _Kind(400, "A name is given twice."),
     "json-too-deep": _Kind(400, "The body is nested too deeply."),
     "invalid-cursor": _Kind(400, "This is not a cursor of this list."),

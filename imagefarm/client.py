@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from imagefarm.connection import Connection, find_farm
 from imagefarm.download import Downloaded, Progress, download
@@ -220,4 +221,4 @@ class Farm:
 
 
 def _id(what: Batch | Job | str) -> str:
-    return what if isinstance(what, str) else what.id
+    return quote(what, safe="") if isinstance(what, str) else what.id

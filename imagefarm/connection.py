@@ -15,7 +15,7 @@ from requests.auth import AuthBase
 from urllib3.util import Retry
 
 from shared.errors import FarmError, Fault, SettingsError
-from shared.settings import load_client_settings
+from shared.settings import load_client_settings, variable
 
 #: file in the data folder of a farm started by `imagefarm up`: its address and a key
 CLIENT_FILE = "client.json"
@@ -23,6 +23,7 @@ CLIENT_FILE = "client.json"
 _CONNECT_SECONDS = 5.0
 _USER_AGENT = "imagefarm-python"
 _MAX_LISTED = 10
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 class FarmUnreachable(FarmError):
@@ -73,7 +74,9 @@ def find_farm(url: str | None = None, api_key: str | None = None) -> Address:
     """
     given = {name: value for name, value in {"url": url, "api_key": api_key}.items() if value is not None}
     settings = load_client_settings(**given)
-    key = settings.api_key.get_secret_value() if settings.api_key else None
+    key = settings.api_key.get_secret_value().strip() if settings.api_key else None
+    if key and not (key.isascii() and key.isprintable()):
+        raise SettingsError("IMAGEFARM_API_KEY: holds characters that no key has")
     local = read_client_file(settings.data)
     if settings.url is None:
         if local is None:
@@ -82,7 +85,7 @@ def find_farm(url: str | None = None, api_key: str | None = None) -> Address:
                 f"(looked for {settings.data / CLIENT_FILE})"
             )
         return Address(local.url, key or local.api_key)
-    address = settings.url.rstrip("/")
+    address = settings.url.rstrip("/").removesuffix("/api/v1")
     if key is None and local and local.url == address:
         key = local.api_key
     if key is None:
@@ -111,6 +114,12 @@ class _Bearer(AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = self._value
         return request
+
+
+def proxies() -> dict[str, str]:
+    """What requests need to know of proxies beside the environment: none has a part in reaching this machine."""
+    named = variable("no_proxy") or variable("NO_PROXY") or ""
+    return {"no_proxy": ",".join(filter(None, [named, *_THIS_MACHINE]))}
 
 
 class Connection:
@@ -160,9 +169,7 @@ class Connection:
         try:
             return response.json()
         except ValueError:
-            raise FarmUnreachable(
-                f"{self.url} answers, but not as a farm does; is IMAGEFARM_URL right? (no path, no /api/v1)"
-            ) from None
+            raise FarmUnreachable(f"{self.url} answers, but not as a farm does; is IMAGEFARM_URL right?") from None
 
     def fetch(self, path: str) -> bytes:
         """The bytes behind a path. Follows the link to the object storage; the key stays with the farm."""
@@ -178,13 +185,22 @@ class Connection:
         patience: float,
     ) -> requests.Response:
         connect, read = self._timeout
-        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        try:
+            data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        except ValueError:
+            raise FarmError("NaN and infinite numbers cannot be sent to the farm") from None
         sent = {"Accept": "application/json, */*", **(headers or {})}
         if data is not None:
             sent["Content-Type"] = "application/json"
         try:
             response = self._session.request(
-                method, self.url + path, params=query, data=data, headers=sent, timeout=(connect, read + patience)
+                method,
+                self.url + path,
+                params=query,
+                data=data,
+                headers=sent,
+                timeout=(connect, read + patience),
+                proxies=proxies(),
             )
         except requests.exceptions.InvalidURL as error:
             raise SettingsError(f"IMAGEFARM_URL: {error}") from None

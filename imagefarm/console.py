@@ -15,28 +15,44 @@ from shared.errors import FarmError
 
 #: columns where the output is no terminal, so that ids are not folded
 _PIPE_WIDTH = 200
+#: columns of what people copy into the next command
+_NAMING = frozenset({"batch", "job", "key", "model"})
 
-err = Console(stderr=True, highlight=False)
+# what others wrote is shown as it is: "[/red]" or ":heart:" in a prompt, a name or an error is no markup
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+
+err = Console(stderr=True, **_PLAIN)
 
 
 def say(text: str, style: str = "") -> None:
     """Tell a person something."""
-    err.print(Text(text, style=style), soft_wrap=True)
+    err.print(Text(printable(text), style=style), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey, such as escape sequences in somebody's prompt."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in text)
 
 
 def show(table: Table) -> None:
     """Print a table to standard output."""
-    console = Console(highlight=False)
+    console = Console(**_PLAIN)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_WIDTH)
+        console = Console(width=_PIPE_WIDTH, **_PLAIN)
     console.print(table)
 
 
+class _PlainTable(Table):
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def plain_table(*headings: str) -> Table:
-    """A table without frames."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    """A table without frames, whose text cells are shown as they are."""
+    table = _PlainTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        # an id that is folded cannot be copied
+        table.add_column(heading, overflow="fold", no_wrap=heading in _NAMING)
     return table
 
 
@@ -44,7 +60,13 @@ class Refusal(click.ClickException):
     """An error as one readable red text; exit code 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        err.print(Text("error: " + self.message, style="bold red"), soft_wrap=True)
+        err.print(Text("error: " + printable(self.message), style="bold red"), soft_wrap=True)
+
+
+def told(error: FarmError) -> str:
+    """What happened, with what the database itself said of it: who types commands on a farm's machine may know."""
+    said = str(getattr(error.__cause__, "orig", None) or "").strip()
+    return f"{error.detail} ({said})" if said and said not in error.detail else error.detail
 
 
 class FarmGroup(click.Group):
@@ -54,7 +76,7 @@ class FarmGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FarmError as error:
-            raise Refusal(error.detail) from error
+            raise Refusal(told(error)) from error
         except BrokenPipeError:
             raise  # click ends quietly
         except OSError as error:

@@ -30,8 +30,12 @@ def lock_folder(data: Path, say: Callable[[str], None], stop: threading.Event) -
 
     Waits where the farm that holds it was killed and its processes are still being ended.
     """
-    data.mkdir(parents=True, exist_ok=True)
-    lock = os.open(data / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        lock = os.open(data / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FarmError(f"{data}: no farm can be kept there ({reason}); choose another folder with --data") from None
     deadline: float | None = None
     while True:
         try:

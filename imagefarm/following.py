@@ -14,7 +14,7 @@ from rich.text import Text
 
 from imagefarm.client import Farm
 from imagefarm.connection import FarmRequestError, FarmUnreachable
-from imagefarm.console import duration, err, say
+from imagefarm.console import duration, err, printable, say
 from imagefarm.download import Downloaded
 from imagefarm.records import Batch
 from shared.states import State
@@ -52,7 +52,7 @@ def _facts(batch: Batch) -> Text:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
         _Facts(),
@@ -63,7 +63,7 @@ def _progress() -> Progress:
 
 def label(batch: Batch) -> str:
     """What a batch is called on the screen."""
-    return f"{batch.name} · {batch.model}" if batch.name else batch.model
+    return printable(f"{batch.name} · {batch.model}" if batch.name else batch.model)
 
 
 def follow(farm: Farm, batches: Sequence[Batch]) -> list[Batch]:

@@ -20,7 +20,7 @@ from types import TracebackType
 import requests
 
 from imagefarm.children import Child, Guardian, python_environment
-from imagefarm.connection import read_client_file
+from imagefarm.connection import Address, read_client_file
 from imagefarm.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedRedis
 from imagefarm.farm_files import lock_folder, write_client_file, write_join_file
 from imagefarm.serving import (
@@ -35,8 +35,9 @@ from imagefarm.serving import (
 from shared import schema, tenants
 from shared.catalogue import load_catalogue
 from shared.database import open_engine, transaction
-from shared.errors import FarmError
+from shared.errors import FarmError, SettingsError
 from shared.settings import Settings, load_settings, variable
+from shared.storage import open_storage
 
 TENANT = "local"
 
@@ -137,6 +138,7 @@ class LocalFarm:
             load_catalogue(settings.catalogue), settings, self._wanted.models or settings.served_models
         )
         _check_address(*settings.listen_address)
+        open_storage(settings).check()
         self._guardian = Guardian(lock, settings.grace_seconds + _PATIENCE)
         self._stack.callback(self._guardian.close)
         self._stack.callback(self._drop_services)  # runs when the services have ended
@@ -183,7 +185,7 @@ class LocalFarm:
         engine = open_engine(self._settings, "imagefarm up", pool_size=1)
         try:
             schema.upgrade(engine)
-            known = read_client_file(data)
+            known = _known_address(data)
             with transaction(engine) as connection:
                 key = known.api_key if known else ""
                 if not key or tenants.authenticate(connection, key) is None:
@@ -284,6 +286,14 @@ class _Service:
             # right after a crash it may have to wait for its own old processes
             say(f"{self._name} does not start yet: {error}")
             self._next_try = time.monotonic() + _RESTART_PAUSE
+
+
+def _known_address(data: Path) -> Address | None:
+    """What an earlier start left; a file that is damaged is written anew."""
+    try:
+        return read_client_file(data)
+    except SettingsError:
+        return None
 
 
 def _check_address(host: str, port: int) -> None:

@@ -20,6 +20,12 @@ ParametersOf = Callable[[str | None], Mapping[str, Mapping[str, Any]]]
 #: what people call a parameter, and its name
 ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale", "class": "class_index"}
 
+#: what stands in `PromptRow.where` of a prompt from the command line, before its number
+ARGUMENT = "argument"
+
+#: endings of files in which people keep data, though not as prompts
+_NO_PROMPT_FILES = {".json", ".yaml", ".yml", ".xls", ".xlsx", ".ods", ".parquet", ".md", ".docx", ".pdf"}
+
 _DELIMITERS = (",", ";", "\t", "|")
 _YES, _NO = {"true", "yes", "1"}, {"false", "no", "0"}
 _MAX_FAULTS = 10
@@ -49,17 +55,30 @@ def read_arguments(
     Raises `PromptError`.
     """
     rows: list[PromptRow] = []
-    for argument in arguments:
+    for number, argument in enumerate(arguments, 1):
         path = Path(argument)
         if argument == "-":
             rows += parse(stdin(), "standard input", "", parameters_of)
         elif path.suffix.lower() in _PARSERS:
             rows += parse(_read(path), path.name, path.suffix.lower(), parameters_of)
-        elif path.suffix and len(argument) < 1024 and path.is_file():
-            raise PromptError(f"{argument}: this kind of file is not known; use {', '.join(_PARSERS)}")
+        elif _is_meant_as_file(argument):
+            kind = "is a folder" if path.is_dir() else "this kind of file is not known"
+            raise PromptError(f"{argument}: {kind}; use {', '.join(_PARSERS)}, or - for standard input")
         else:
-            rows.append(PromptRow("the arguments", argument, None, {}))
+            rows.append(PromptRow(f"{ARGUMENT} {number}", argument, None, {}))
     return rows
+
+
+def _is_meant_as_file(argument: str) -> bool:
+    """Whether an argument that is no file of prompts is hardly a prompt either."""
+    if len(argument) > 1024 or "\x00" in argument:
+        return False
+    path = Path(argument)
+    return (
+        path.is_dir()
+        or (path.suffix != "" and path.is_file())
+        or (path.suffix.lower() in _NO_PROMPT_FILES and not any(map(str.isspace, argument)))
+    )
 
 
 def parse(data: bytes, name: str, kind: str, parameters_of: ParametersOf) -> list[PromptRow]:
@@ -150,7 +169,7 @@ def _looks_like_json(text: str) -> bool:
         return False
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -183,7 +202,10 @@ def _json_rows(text: str, name: str, parameters_of: ParametersOf) -> Iterator[Pr
             continue
         where = f"{name} line {number}"
         try:
-            item = json.loads(line, parse_constant=_no_number)
+            item = json.loads(line, parse_constant=_no_number, parse_float=_finite)
+        except RecursionError:
+            faults.note(f"{where}: is nested too deeply")
+            continue
         except ValueError as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             faults.note(f"{where}: is not JSON: {reason}")
@@ -203,6 +225,13 @@ def _json_rows(text: str, name: str, parameters_of: ParametersOf) -> Iterator[Pr
 
 def _no_number(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
 
 
 def _csv_rows(text: str, name: str, parameters_of: ParametersOf) -> Iterator[PromptRow]:

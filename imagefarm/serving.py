@@ -42,6 +42,8 @@ def _key_variable(provider: str) -> str:
 def choose_models(catalogue: Catalogue, settings: Settings, wanted: Sequence[str]) -> list[str]:
     """The models to serve: those that are `wanted`, else all that this machine can render.
 
+    The fake engine, whose jobs may ask for crashes, is left out unless it is wanted or nothing else is there.
+
     Raises `FarmError` where a wanted model is unknown or cannot be rendered here, or where nothing can.
     """
     if not wanted:
@@ -49,7 +51,7 @@ def choose_models(catalogue: Catalogue, settings: Settings, wanted: Sequence[str
         if not chosen:
             reasons = "\n".join(f"  {name}: {obstacle(entry, settings)}" for name, entry in catalogue.items())
             raise FarmError(f"this machine can render none of the catalogue's models:\n{reasons}")
-        return chosen
+        return [name for name in chosen if catalogue[name].backend != "fake"] or chosen
     for name in wanted:
         if reason := obstacle(catalogue.find(name, pointer="--models"), settings):
             raise FarmError(f"{name} cannot be rendered here: {reason}")

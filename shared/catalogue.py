@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from shared.errors import CatalogueError, Fault, InvalidInput, UnknownModel
 from shared.faults import faults_of
-from shared.specs import Limits, RenderSpec, spec_class
+from shared.specs import Limits, RenderSpec, accepted_fields, spec_class
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -86,6 +86,13 @@ class ModelEntry(BaseModel):
     def revision(self) -> str:
         """What pins the weights: the hub commit, or the vendor's name of the model."""
         return self.hub.revision if self.hub else self.hosted.model if self.hosted else "local"
+
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """JSON schema of each parameter that jobs of this model accept, with this model's ranges and defaults."""
+        found = accepted_fields(self.backend, self.limits)
+        for name in self.defaults.keys() & found.keys():
+            found[name]["default"] = self.defaults[name]
+        return found
 
     def resolve(self, parameters: Mapping[str, Any], pointer: str = "") -> RenderSpec:
         """The full spec of one job: the model's defaults under `parameters`.

@@ -170,7 +170,7 @@ class _Checker:
 
     def _located(self, fault: Fault, index: int, job: Mapping[str, Any]) -> Fault:
         """A fault of a shared parameter is said once, at the shared parameter."""
-        name = fault.pointer.split("/")[1]
+        name = fault.pointer.removeprefix("/").split("/")[0]
         base = "/parameters" if name in self._parameters and name not in job else f"/jobs/{index}"
         return Fault(base + fault.pointer, fault.code, fault.detail)
 

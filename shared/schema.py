@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from shared.database import is_outage
+from shared.database import is_outage, transaction
 from shared.errors import Unavailable
 from shared.settings import PROJECT_ROOT
 
@@ -39,7 +39,7 @@ def head_revision() -> str:
 
 def current_revision(engine: Engine) -> str | None:
     """The revision of the database, None where it is empty."""
-    with engine.connect() as connection:
+    with transaction(engine) as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 

@@ -30,6 +30,10 @@ def _url(schemes: tuple[str, ...], example: str) -> AfterValidator:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if urlsplit(text).scheme not in schemes:
             raise ValueError(f"expected a URL such as {example}")
+        try:
+            _ = urlsplit(text).port
+        except ValueError:  # its text would show a part of the password
+            raise ValueError("the port is not a number up to 65535; write a / in the password as %2F") from None
         return value
 
     return AfterValidator(check)

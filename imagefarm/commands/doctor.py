@@ -20,8 +20,8 @@ from rich.text import Text
 from sqlalchemy import text
 
 from imagefarm.client import Farm
-from imagefarm.connection import find_farm
-from imagefarm.console import plain_table, say, show
+from imagefarm.connection import find_farm, proxies
+from imagefarm.console import plain_table, say, show, told
 from imagefarm.embedded import redis_binary
 from imagefarm.farm_files import process_settings
 from imagefarm.serving import obstacle
@@ -144,7 +144,7 @@ def _checked(subject: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(subject, True, check())
     except FarmError as error:
-        return Finding(subject, False, error.detail)
+        return Finding(subject, False, told(error))
     except (OSError, redis.RedisError, requests.RequestException) as error:
         return Finding(subject, False, str(error))
 
@@ -231,7 +231,7 @@ def _disk(folder: Path) -> Finding:
 def _api() -> Finding:
     def ask() -> str:
         address = find_farm()
-        answer = requests.get(f"{address.url}/readyz", timeout=10)
+        answer = requests.get(f"{address.url}/readyz", timeout=10, proxies=proxies())
         if answer.status_code != 200:
             raise FarmError(f"{address.url} is not ready: {answer.text[:300]}")
         with Farm() as farm:

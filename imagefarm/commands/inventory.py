@@ -42,7 +42,7 @@ def models(name: str | None) -> None:
 def _parameters(model: Model) -> None:
     table = plain_table("parameter", "takes", "default", "meaning")
     for name, schema in model.parameters.items():
-        default = model.defaults.get(name, schema.get("default"))
+        default = schema.get("default")
         shown = "" if default in (None, "") else json.dumps(default)
         table.add_row(name, _takes(schema), shown, schema.get("description", ""))
     show(table)
@@ -56,7 +56,8 @@ def _takes(schema: Mapping[str, Any]) -> str:
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
     kind = {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(schema.get("type", ""), "")
     limits = f" {low} to {high}" if low is not None and high is not None and high < 2**53 else ""
-    return (kind or str(schema.get("type", "any"))) + limits
+    grid = f" in steps of {schema['multipleOf']}" if schema.get("multipleOf", 1) != 1 else ""
+    return (kind or str(schema.get("type", "any"))) + limits + grid
 
 
 @click.command()

@@ -16,8 +16,9 @@ from imagefarm.client import Farm
 from imagefarm.commands.batches import watch_to_end
 from imagefarm.connection import FarmRequestError, pointer_text
 from imagefarm.console import open_farm, say
+from imagefarm.download import FileNames
 from imagefarm.following import fetch
-from imagefarm.prompt_files import PromptRow, convert, parameter_name, read_arguments
+from imagefarm.prompt_files import ARGUMENT, PromptRow, convert, parameter_name, read_arguments
 from imagefarm.records import DEFAULT_TEMPLATE, Batch, Model
 from shared.errors import FarmError
 from shared.states import Priority
@@ -78,10 +79,13 @@ def submit(
         rows = read_arguments(prompts, sys.stdin.buffer.read, lambda asked: _parameters_of(known, asked or default))
         given = {key: value for key, value in options.items() if value is not None}
         if name is None:
-            name = prompts[0] if len(prompts) == 1 and not rows[0].where.startswith("the arguments") else ""
+            name = prompts[0] if len(prompts) == 1 and not rows[0].where.startswith(ARGUMENT) else ""
             name = Path(name).name.removeprefix("-")
         if model is None and any(row.model is None for row in rows):
             say(f"using the model {default} (another one: --model; all: imagefarm models)", "dim")
+        if folder is not None:  # what could keep the pictures from being saved is told before they are rendered
+            FileNames(folder, template)
+            folder.mkdir(parents=True, exist_ok=True)
         batches = []
         for asked, group in _by_model(rows, default).items():
             shared = {**given, **_shared_parameters(params, _parameters_of(known, asked))}

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -41,6 +42,8 @@ def _storable(text: str) -> str:
     return text
 
 
+#: part of a JSON schema: minimum and maximum, multipleOf, maxLength, enum
+Bounds = Mapping[str, Any]
 #: text that PostgreSQL can store and a tokenizer can read
 StorableText = Annotated[str, AfterValidator(_storable)]
 #: … and that is no longer than any prompt
@@ -90,11 +93,18 @@ class RenderSpec(BaseModel):
         """Relative effort of this image, used for fairness: megapixels × steps, or 1 for a call."""
         return 1.0
 
+    @classmethod
+    def bounds(cls, limits: Limits) -> dict[str, Bounds]:
+        """What a model of these limits takes of a field, where that is less than the field allows."""
+        return {"prompt": {"maxLength": limits.max_prompt}}
+
     def faults(self, limits: Limits) -> list[Fault]:
         """What is wrong with this spec for a model of these limits; pointers are relative to the spec."""
-        found = []
-        if len(self.prompt) > limits.max_prompt:
-            found.append(Fault("/prompt", "too-long", f"must have at most {limits.max_prompt} characters"))
+        found = [
+            fault
+            for name, bounds in self.bounds(limits).items()
+            for fault in _faults(name, getattr(self, name), bounds)
+        ]
         if self.NEEDS_PROMPT and not self.prompt.strip():
             found.append(Fault("/prompt", "empty", "must not be empty"))
         return found
@@ -106,24 +116,35 @@ class RenderSpec(BaseModel):
         return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], signed=True)
 
 
-def size_faults(width: int, height: int, limits: Limits) -> list[Fault]:
-    """Faults of an image size for a model that draws on a grid."""
-    found = []
-    for name, value in (("width", width), ("height", height)):
-        if value % limits.size_multiple:
-            below = max(limits.min_size, value // limits.size_multiple * limits.size_multiple)
-            found.append(
-                Fault(
-                    f"/{name}",
-                    "off-grid",
-                    f"must be a multiple of {limits.size_multiple}; {below} or {below + limits.size_multiple} would do",
-                )
-            )
-        if not limits.min_size <= value <= limits.max_size:
-            found.append(Fault(f"/{name}", "out-of-range", f"must be from {limits.min_size} to {limits.max_size}"))
-    if not found and width * height > limits.max_pixels:
-        found.append(Fault("/width", "too-large", f"width × height must be at most {limits.max_pixels} pixels"))
-    return found
+def _faults(name: str, value: Any, bounds: Bounds) -> Iterator[Fault]:
+    """What is wrong with the value of a field within these bounds; None is a value that was not given."""
+    if value is None:
+        return
+    if "maxLength" in bounds and len(value) > bounds["maxLength"]:
+        yield Fault(f"/{name}", "too-long", f"must have at most {bounds['maxLength']} characters")
+    if "enum" in bounds and value not in bounds["enum"]:
+        takes = f"takes {', '.join(bounds['enum'])}" if bounds["enum"] else "does not take this parameter"
+        yield Fault(f"/{name}", "not-accepted", f"this model {takes}")
+    if (grid := bounds.get("multipleOf")) and value % grid:
+        below = max(bounds["minimum"], value // grid * grid)
+        yield Fault(f"/{name}", "off-grid", f"must be a multiple of {grid}; {below} or {below + grid} would do")
+    low, high = bounds.get("minimum"), bounds.get("maximum")
+    if (low is not None and value < low) or (high is not None and value > high):
+        span = f"at most {high}" if low is None else f"from {low} to {high}"
+        yield Fault(f"/{name}", "out-of-range", f"must be {span}")
+
+
+def size_bounds(limits: Limits) -> dict[str, Bounds]:
+    """Bounds of the sides of an image for a model that draws on a grid."""
+    side = {"minimum": limits.min_size, "maximum": limits.max_size, "multipleOf": limits.size_multiple}
+    return {"width": side, "height": side}
+
+
+def area_faults(width: int, height: int, limits: Limits) -> list[Fault]:
+    """The fault of an image whose sides are right but which is too large as a whole."""
+    if max(width, height) > limits.max_size or width * height <= limits.max_pixels:
+        return []
+    return [Fault("/width", "too-large", f"width × height must be at most {limits.max_pixels} pixels")]
 
 
 def backends() -> list[str]:
@@ -140,7 +161,29 @@ def spec_class(backend: str) -> type[RenderSpec]:
     return found
 
 
-def accepted_fields(backend: str) -> dict[str, Any]:
-    """JSON schema of each parameter that jobs of this backend accept."""
-    properties: dict[str, Any] = spec_class(backend).model_json_schema()["properties"]
-    return properties
+def accepted_fields(backend: str, limits: Limits) -> dict[str, dict[str, Any]]:
+    """JSON schema of each parameter that jobs for a model of this backend and these limits accept."""
+    spec = spec_class(backend)
+    bounds = spec.bounds(limits)
+    found = {}
+    for name, schema in spec.model_json_schema()["properties"].items():
+        if bounds.get(name, {}).get("enum") == [] or (name == "seed" and not spec.TAKES_SEED):
+            continue
+        found[name] = _narrowed(schema, bounds.get(name, {}))
+    # what stands there is no default: a seed that is not given is drawn
+    found.get("seed", {}).pop("default", None)
+    return found
+
+
+def _narrowed(schema: Mapping[str, Any], bounds: Bounds) -> dict[str, Any]:
+    """A field's schema within bounds; where it may be null, they are those of its other form."""
+    if "anyOf" in schema:
+        forms = [form if form["type"] == "null" else _narrowed(form, bounds) for form in schema["anyOf"]]
+        return {**schema, "anyOf": forms}
+    tighter = {"minimum": max, "maximum": min, "maxLength": min}
+    found = {**schema, **bounds}
+    for word in tighter.keys() & schema.keys() & bounds.keys():
+        found[word] = tighter[word](schema[word], bounds[word])
+    if "enum" in schema and "enum" in bounds:
+        found["enum"] = [value for value in schema["enum"] if value in bounds["enum"]]
+    return found

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from shared.errors import Fault
-from shared.specs import Limits, RenderSpec, size_faults
+from shared.specs import Bounds, Limits, RenderSpec, area_faults, size_bounds
 
 
 class Spec(RenderSpec):
@@ -29,5 +29,9 @@ class Spec(RenderSpec):
     def work(self) -> float:
         return self.num_inference_steps * max(self.step_seconds + self.step_image_seconds, 0.001)
 
+    @classmethod
+    def bounds(cls, limits: Limits) -> dict[str, Bounds]:
+        return {**super().bounds(limits), **size_bounds(limits)}
+
     def faults(self, limits: Limits) -> list[Fault]:
-        return super().faults(limits) + size_faults(self.width, self.height, limits)
+        return super().faults(limits) + area_faults(self.width, self.height, limits)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from shared.errors import Fault
-from shared.specs import Limits, RenderSpec
+from shared.specs import Bounds, Limits, RenderSpec
 
 
 class Spec(RenderSpec):
@@ -24,13 +24,16 @@ class Spec(RenderSpec):
         1.0, ge=-2, le=2, description="Pulls the latent toward the mean: 0 the mean itself, 1 untouched."
     )
 
+    @classmethod
+    def bounds(cls, limits: Limits) -> dict[str, Bounds]:
+        classes = limits.num_classes
+        return {
+            **super().bounds(limits),
+            "class_index": {"minimum": 0, "maximum": classes - 1} if classes else {"enum": []},
+        }
+
     def faults(self, limits: Limits) -> list[Fault]:
         found = super().faults(limits)
-        if limits.num_classes is not None:
-            if self.class_index is None:
-                found.append(Fault("/class_index", "missing", f"this model needs one, 0 to {limits.num_classes - 1}"))
-            elif self.class_index >= limits.num_classes:
-                found.append(Fault("/class_index", "out-of-range", f"must be from 0 to {limits.num_classes - 1}"))
-        elif self.class_index is not None:
-            found.append(Fault("/class_index", "not-accepted", "this model has no classes"))
+        if limits.num_classes and self.class_index is None:
+            found.append(Fault("/class_index", "missing", f"this model needs one, 0 to {limits.num_classes - 1}"))
         return found

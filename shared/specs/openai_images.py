@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from shared.errors import Fault
-from shared.specs import Limits, RenderSpec
+from shared.specs import Bounds, Limits, RenderSpec
 
 
 class Spec(RenderSpec):
@@ -23,10 +22,7 @@ class Spec(RenderSpec):
     moderation: Literal["auto", "low"] | None = None
     style: Literal["vivid", "natural"] | None = None
 
-    def faults(self, limits: Limits) -> list[Fault]:
-        found = super().faults(limits)
-        for field in ("size", "quality", "background", "moderation", "style"):
-            value, allowed = getattr(self, field), limits.choices.get(field)
-            if value is not None and allowed is not None and value not in allowed:
-                found.append(Fault(f"/{field}", "not-accepted", f"this model takes {', '.join(allowed) or 'none'}"))
-        return found
+    @classmethod
+    def bounds(cls, limits: Limits) -> dict[str, Bounds]:
+        chosen = {name: {"enum": values} for name, values in limits.choices.items() if name in cls.model_fields}
+        return {**super().bounds(limits), **chosen}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from shared.errors import Fault
-from shared.specs import Limits, RenderSpec, Text, size_faults
+from shared.specs import Bounds, Limits, RenderSpec, Text, area_faults, size_bounds
 
 #: schedulers by the field's customary names; `worker.backends.stable_diffusion` maps them to diffusers classes
 Scheduler = Literal[
@@ -32,10 +32,14 @@ class Spec(RenderSpec):
     def work(self) -> float:
         return self.width * self.height / 1e6 * self.num_inference_steps
 
+    @classmethod
+    def bounds(cls, limits: Limits) -> dict[str, Bounds]:
+        return {
+            **super().bounds(limits),
+            **size_bounds(limits),
+            "negative_prompt": {"maxLength": limits.max_prompt},
+            "num_inference_steps": {"maximum": limits.max_steps},
+        }
+
     def faults(self, limits: Limits) -> list[Fault]:
-        found = super().faults(limits) + size_faults(self.width, self.height, limits)
-        if len(self.negative_prompt) > limits.max_prompt:
-            found.append(Fault("/negative_prompt", "too-long", f"must have at most {limits.max_prompt} characters"))
-        if self.num_inference_steps > limits.max_steps:
-            found.append(Fault("/num_inference_steps", "out-of-range", f"must be at most {limits.max_steps}"))
-        return found
+        return super().faults(limits) + area_faults(self.width, self.height, limits)

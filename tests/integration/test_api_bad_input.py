@@ -209,6 +209,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "lone surrogate in a job": ({"prompts": None, "jobs": [{"prompt": LONE}]}, "/jobs/0/prompt", "invalid-text"),
     "lone surrogate in the name": ({"name": LONE}, "/name", "invalid-text"),
     "lone surrogate in the model": ({"model": LONE}, "/model", "invalid-text"),
+    "lone surrogate as a job's parameter": (
+        {"prompts": None, "jobs": [{"prompt": "a"}, {"prompt": "a", LONE: 1}]}, "/jobs/1", "invalid-text",
+    ),
     "lone surrogate as a parameter": ({"parameters": {LONE: 1}}, "/parameters", "invalid-text"),
     "a megabyte of prompt": ({"prompts": ["a" * 1_000_000]}, "/prompts/0", "too-long"),
     "a megabyte of name": ({"name": "a" * 1_000_000}, "/name", "too-long"),

@@ -117,12 +117,13 @@ def test_slow_and_malformed_clients_hold_nobody_up(server: Server, services: Ser
         other = tenants.create_key(connection, tenants.ensure_tenant(connection, "other"), "theirs")
     neighbor = Server(server.process, server.port, other)
     head = "POST /api/v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+    chunked = head.replace("Content-Length: 1000", "Transfer-Encoding: chunked")
     openings = [
         b"",
         b"GET /healthz HTTP/1.1\r\nHos",
         f"{head}\r\n{{".encode(),
         f"{head}Authorization: Bearer {server.key}\r\n\r\n{{".encode(),
-        f"{head.replace('Content-Length: 1000', 'Transfer-Encoding: chunked')}\r\n5\r\n{{".encode(),
+        f"{chunked}\r\n5\r\n{{".encode(),
     ]
     with ExitStack() as held:
         for index in range(250):
@@ -142,11 +143,13 @@ def test_slow_and_malformed_clients_hold_nobody_up(server: Server, services: Ser
         (b"GET / HTTP/1.1\r\n" + b"X: aaaaaaa\r\n" * 20_000, 431),
         (f"{head}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(), 400),
         (f"{head}Content-Length: 4\r\n\r\n".encode(), 400),
+        (f"{chunked}Authorization: Bearer {server.key}\r\n\r\nzz\r\n".encode(), 400),
         (b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 tls \r\n\r\n", 400),
     ):  # fmt: skip
         assert server.raw(data).startswith(f"HTTP/1.1 {status} ".encode()), data[:60]
     assert "\x1b" not in server.process.text()
+    assert "Traceback" not in server.process.text()
     # two requests at once, in pieces: the second one waits for the first
     one = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as client:

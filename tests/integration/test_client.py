@@ -182,7 +182,7 @@ def test_a_port_where_no_farm_is(farm: Farm) -> None:
     with pytest.raises(FarmUnreachable, match="is a farm running"):
         Farm(f"http://127.0.0.1:{free_port()}", "imf_x").models()
     with pytest.raises(FarmRequestError):
-        Farm(farm.url + "/api/v1", "imf_x").models()
+        Farm(farm.url + "/elsewhere", "imf_x").models()
 
 
 def test_models_and_workers(farm: Farm) -> None:
@@ -363,6 +363,58 @@ def test_the_other_commands(run: Run, finished: Batch, tmp_path: Path) -> None:
     assert "12 of 12 images were done" in run("cancel", finished.id).stderr
     assert "is not an id" in run("cancel", "nonsense").stderr
     assert "nothing to do" in run("migrate").stdout
+
+
+def test_what_others_wrote_is_shown_as_it_is(run: Run) -> None:
+    name = "[/red] [cat] :heart: \x1b[31m"
+    batch = run("submit", "a", "--model", "fake", "--name", name, "--watch").stdout.strip()
+    for result in (run("status"), run("status", batch)):
+        assert result.exit_code == 0, result.output
+        assert "[/red] [cat] :heart: �[31m" in result.stdout
+    assert run("watch", batch).stderr.startswith("✔ [/red] [cat] :heart: �[31m")
+
+
+def test_an_id_stays_in_the_list_on_a_narrow_terminal(
+    run: Run, finished: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert finished.id in run("status").stdout
+
+
+@pytest.mark.parametrize("id_", ["../models", "a b?c#d", "%2e%2e/models", "batch_1"])
+def test_an_id_that_is_none(run: Run, id_: str) -> None:
+    result = run("status", id_)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("options", [("--download", "/dev/null/x"), ("--download", "x", "--template", "{nope}")])
+def test_a_download_that_cannot_work_is_refused_before_anything_is_submitted(run: Run, options: tuple[str]) -> None:
+    result = run("submit", "a", "--model", "fake", *options)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+
+
+def test_numbers_that_no_request_can_hold(farm: Farm) -> None:
+    with pytest.raises(FarmError, match="NaN"):
+        farm.submit("a", model="fake", parameters={"step_seconds": float("nan")})
+
+
+def test_a_proxy_has_no_part_in_reaching_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    assert run("status").exit_code == 0
+    assert "✘ API" not in run("doctor").stdout
+
+
+def test_the_url_may_name_the_api_itself(farm: Farm, data: Path) -> None:
+    address = read_client_file(data)
+    assert address is not None
+    with Farm(f"{address.url}/api/v1/", address.api_key) as same:
+        assert same.url == farm.url
+        assert same.models()
 
 
 def test_keys(run: Run, farm: Farm) -> None:

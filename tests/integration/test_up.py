@@ -221,3 +221,9 @@ def test_the_next_start_goes_on_after_a_kill_and_after_a_stop(
     assert third.stop() == 0
     assert time.monotonic() - began < 15
     assert processes_of(data) == {}
+
+    (data / "client.json").write_text('{"url":')
+    fourth = up()
+    with fourth.ready() as farm:
+        assert farm.batch(batch.id).succeeded == 40
+    assert fourth.stop() == 0

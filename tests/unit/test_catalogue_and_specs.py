@@ -95,6 +95,34 @@ def test_a_hosted_model_refuses_a_seed_and_what_its_vendor_does_not_take(catalog
             hosted.resolve({"prompt": "a", **parameters})
 
 
+def test_published_ranges_are_those_that_are_enforced(catalogue: Catalogue) -> None:
+    checked = 0
+    for entry in catalogue.values():
+        classes = {"class_index": 0} if entry.limits.num_classes else {}
+        for name, published in entry.parameters().items():
+            schema = next((form for form in published.get("anyOf", []) if form["type"] != "null"), published)
+            step = schema.get("multipleOf", 1)
+            good = [schema[word] for word in ("minimum", "maximum") if word in schema] + schema.get("enum", [])
+            bad: list[Any] = [schema["minimum"] - step] if "minimum" in schema else []
+            bad += [schema["maximum"] + step] if "maximum" in schema else []
+            bad += ["x" * (schema["maxLength"] + 1)] if "maxLength" in schema else []
+            bad += ["magic"] if "enum" in schema else []
+            for value in good:
+                entry.resolve({"prompt": "a", **classes, name: value})
+            for value in bad:
+                with pytest.raises(InvalidInput):
+                    entry.resolve({"prompt": "a", **classes, name: value})
+                checked += 1
+    assert checked > 50
+
+
+def test_parameters_that_a_model_does_not_take_are_not_published(catalogue: Catalogue) -> None:
+    hosted = catalogue["gpt-image-2"].parameters()
+    assert not {"seed", "style"} & hosted.keys()
+    assert hosted["quality"]["anyOf"][0]["enum"] == ["auto", "low", "medium", "high"]
+    assert catalogue["demo-diffusion"].parameters()["guidance_scale"]["default"] == 3.0
+
+
 @pytest.mark.parametrize("name", ["demo-difusion", "../../etc/passwd", "/etc/passwd", "http://x", "%2e%2e", ""])
 def test_an_unknown_model_is_refused_with_names_that_exist(catalogue: Catalogue, name: str) -> None:
     with pytest.raises(UnknownModel, match=r"try .*\w"):

@@ -19,8 +19,10 @@ from imagefarm.cli import SECTIONS, cli
 from imagefarm.commands import doctor as doctor_command
 from imagefarm.connection import FarmRequestError, FarmUnreachable, find_farm
 from imagefarm.farm_files import lock_folder, process_settings, write_private
+from imagefarm.serving import choose_models
+from shared.catalogue import Catalogue, load_catalogue
 from shared.errors import FarmError, Fault, SettingsError
-from shared.settings import PROJECT_ROOT
+from shared.settings import PROJECT_ROOT, Settings, load_settings
 
 COMMANDS = [name for names in SECTIONS.values() for name in names]
 
@@ -28,6 +30,12 @@ COMMANDS = [name for names in SECTIONS.values() for name in names]
 @pytest.fixture(autouse=True)
 def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    urls = {"database_url": "postgresql:///x", "redis_url": "redis://x", "storage_url": "file:///x"}
+    return load_settings(**urls, openai_api_key=None, cometapi_api_key=None)
 
 
 def run(*arguments: str, stdin: str | None = None) -> Result:
@@ -133,6 +141,43 @@ def test_a_damaged_client_file_is_told() -> None:
     Path("farm-data").mkdir()
     Path("farm-data/client.json").write_text("{")
     assert "client.json: cannot be read" in run("status").stderr
+
+
+@pytest.mark.parametrize("key", ["imf_secret\r\nX-Evil: 1", "imf_sécret"])
+def test_a_key_that_no_header_can_hold_is_told_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEFARM_URL", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("IMAGEFARM_API_KEY", key)
+    assert run("status").stderr == "error: IMAGEFARM_API_KEY: holds characters that no key has\n"
+
+
+def test_a_database_that_does_not_answer_is_told_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://u:secret@127.0.0.1:{closed_port()}/x")
+    result = run("migrate")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the database is out of reach")
+    assert "Connection refused" in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_up_refuses_a_storage_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_URL", "file:///proc/version/objects")
+    result = run("up", "--listen", f"127.0.0.1:{closed_port()}", "--models", "fake")
+    assert result.exit_code == 1
+    assert "/proc/version/objects" in result.stderr
+    assert not (tmp_path / "farm-data" / "postgres").exists()
+
+
+def test_up_refuses_a_folder_that_cannot_be_made() -> None:
+    result = run("up", "--data", "/proc/version/x", "--models", "fake")
+    assert result.exit_code == 1
+    assert "/proc/version/x: no farm can be kept there (Not a directory)" in result.stderr
+
+
+def test_the_fake_engine_is_served_only_where_it_is_wanted(settings: Settings) -> None:
+    catalogue = load_catalogue(settings.catalogue)
+    assert choose_models(catalogue, settings, []) == ["demo-diffusion", "demo-gan"]
+    assert choose_models(catalogue, settings, ["fake"]) == ["fake"]
+    assert choose_models(Catalogue({"fake": catalogue["fake"]}), settings, []) == ["fake"]
 
 
 @pytest.mark.parametrize("command", ["worker", "keeper", "api", "migrate"])

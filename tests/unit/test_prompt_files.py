@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from imagefarm.prompt_files import PromptError, PromptRow, convert, parse, read_arguments
-from shared.specs import accepted_fields
+from shared.specs import Limits, accepted_fields
 
-DIFFUSION = accepted_fields("stable_diffusion")
-GAN = accepted_fields("gan")
-HOSTED = accepted_fields("openai_images")
+DIFFUSION = accepted_fields("stable_diffusion", Limits())
+GAN = accepted_fields("gan", Limits(num_classes=7))
+HOSTED = accepted_fields("openai_images", Limits())
 
 
 def parameters_of(model: str | None) -> dict[str, Any]:
@@ -37,6 +37,25 @@ def test_text_skips_comments_and_blank_lines_and_keeps_line_numbers() -> None:
         ("f.txt line 3", "a red circle"),
         ("f.txt line 4", "a blue star"),
     ]
+
+
+def test_json_that_is_too_deep_or_too_large_is_told() -> None:
+    deep = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    assert refused(deep, ".jsonl") == "f.jsonl line 1: is nested too deeply"
+    assert refused('{"prompt": "a", "guidance_scale": 1e999}', ".jsonl").endswith("1e999 is too large")
+
+
+@pytest.mark.parametrize("argument", ["prompts.json", "Prompts.XLSX", "folder", "known.dat"])
+def test_what_is_meant_as_a_file_is_not_taken_for_a_prompt(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("known.dat").write_text("a")
+    with pytest.raises(PromptError, match=r"is a folder|this kind of file is not known"):
+        read_arguments([argument], bytes, parameters_of)
+    for prompt in ("see prompts.json", "a St. Bernard", "v1.5", "x" * 5000):
+        assert [row.prompt for row in read_arguments([prompt], bytes, parameters_of)] == [prompt]
 
 
 def test_text_line_may_hold_rare_separators() -> None:

@@ -23,6 +23,8 @@ def test_missing_urls_are_named_with_an_example() -> None:
     [
         ("database_url", "mysql://u:hunter2@h/d", "DATABASE_URL", "postgresql://"),
         ("redis_url", "amqp://h:hunter2", "REDIS_URL", "redis://"),
+        ("database_url", "postgresql://u:hunter2/x@h/d", "DATABASE_URL", "%2F"),
+        ("redis_url", "redis://:hunter2@h:port/0", "REDIS_URL", "port"),
         ("storage_url", "/srv/images", "STORAGE_URL", "s3://bucket/prefix"),
         ("listen", "8000", "IMAGEFARM_LISTEN", "HOST:PORT"),
         ("lease_seconds", "soon", "IMAGEFARM_LEASE_SECONDS", "number"),

@@ -29,9 +29,9 @@ blueprint = guarded_blueprint(
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _BODY_ERRORS = (
-    "malformed-json", "duplicate-key", "json-too-deep", "invalid-idempotency-key", "idempotency-in-progress",
-    "body-too-large", "too-many", "unsupported-media-type", "unknown-model", "idempotency-key-reused", "invalid",
-    "too-many-requests",
+    "malformed-json", "malformed-body", "duplicate-key", "json-too-deep", "invalid-idempotency-key",
+    "idempotency-in-progress", "body-too-large", "too-many", "unsupported-media-type", "unknown-model",
+    "idempotency-key-reused", "invalid", "too-many-requests",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from api.parameters import Parameters
 from shared import ids
 from shared.catalogue import ModelEntry
 from shared.progress import AttemptView, BatchState, BatchView, JobView, WorkerView
-from shared.specs import StorableText, accepted_fields
+from shared.specs import StorableText
 from shared.states import Outcome, Priority, State
 
 PREFIX = "/api/v1"
@@ -300,7 +300,7 @@ class Model(Answer):
             defaults=entry.defaults,
             limits=entry.limits.model_dump(mode="json"),
             max_batch=entry.max_batch,
-            parameters=accepted_fields(entry.backend),
+            parameters=entry.parameters(),
             served=served,
         )
 
