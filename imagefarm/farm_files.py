@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from imagefarm.connection import CLIENT_FILE
 from imagefarm.guardian import is_running
 from shared.errors import FarmError, SettingsError
@@ -20,7 +22,10 @@ from shared.settings import Settings, load_client_settings, load_settings, varia
 JOIN_FILE = "farm.json"
 LOCK_FILE = "farm.lock"
 
-_JOIN_FIELDS = ("database_url", "redis_url", "storage_url", "catalogue", "listen")
+_JOIN_FIELDS = (
+    "database_url", "redis_url", "storage_url", "catalogue", "listen", "s3_endpoint_url", "s3_public_endpoint_url",
+    "s3_region", "s3_access_key", "s3_secret_key",
+)  # fmt: skip
 #: a farm that was killed is being ended by its guardian
 _HANDOVER_SECONDS = 90.0
 
@@ -79,10 +84,9 @@ def write_join_file(data: Path, settings: Settings) -> Path:
     """Leave what `imagefarm worker`, `key` and `doctor` need to join this farm."""
     path = data / JOIN_FILE
     values: dict[str, Any] = {name: getattr(settings, name) for name in _JOIN_FIELDS}
-    values["database_url"] = settings.database_url.get_secret_value()
-    values["redis_url"] = settings.redis_url.get_secret_value()
     values["catalogue"] = str(settings.catalogue.resolve())
-    write_private(path, values)
+    clear = {n: value.get_secret_value() if isinstance(value, SecretStr) else value for n, value in values.items()}
+    write_private(path, {name: value for name, value in clear.items() if value is not None})
     return path
 
 
@@ -97,10 +101,10 @@ def process_settings(**overrides: Any) -> Settings:
     path = load_client_settings().data / JOIN_FILE
     try:
         joined = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: joined[name] for name in unset}
+        found = {name: joined[name] for name in unset if name in joined}
     except FileNotFoundError:
         found = {}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise SettingsError(f"{path}: cannot be read: {error}; `imagefarm up` writes it anew") from None
     return load_settings(**{**found, **overrides})
 

@@ -153,7 +153,9 @@ class LocalFarm:
         """The settings, with the URLs of our own services where the environment names none."""
         found = {name: url for name, url in services.items() if not self._wanted.given(name.upper())}
         if not self._wanted.given("STORAGE_URL"):
-            found["storage_url"] = (self._wanted.data.resolve() / "objects").as_uri()
+            objects = self._wanted.data.resolve() / "objects"
+            objects.mkdir(mode=0o700, exist_ok=True)
+            found["storage_url"] = objects.as_uri()
         if self._wanted.listen:
             found["listen"] = self._wanted.listen
         return load_settings(**found)
@@ -198,7 +200,7 @@ class LocalFarm:
 
     def _start_children(self) -> None:
         logs = self._wanted.data / "logs"
-        logs.mkdir(exist_ok=True)
+        logs.mkdir(mode=0o700, exist_ok=True)
         plain = python_environment(child_environment(self._settings))
 
         def add(name: str, command: list[str], environment: dict[str, str], stage: int, patience: float) -> None:
@@ -306,5 +308,5 @@ def _check_address(host: str, port: int) -> None:
         except OSError as error:
             raise FarmError(
                 f"cannot listen on {host}:{port} ({error.strerror or error}): choose another address, "
-                f"such as --listen 127.0.0.1:{port + 1 if port < 65535 else 8001}"
+                f"such as --listen 127.0.0.1:{port + 1 if 1024 <= port < 65535 else 8001}"
             ) from None

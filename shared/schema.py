@@ -9,11 +9,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from shared.database import is_outage, transaction
-from shared.errors import Unavailable
+from shared.errors import FarmError, Unavailable
 from shared.settings import PROJECT_ROOT
 
 #: the advisory lock that lets one process migrate while others wait (any constant will do)
@@ -22,17 +23,21 @@ MIGRATION_LOCK = 7_236_512_001
 
 def alembic_config(connection: Connection) -> Config:
     """Alembic configured in code; there is no ini file."""
-    config = Config()
-    config.set_main_option("script_location", str(PROJECT_ROOT / "migrations"))
+    config = _config()
     config.attributes["connection"] = connection
+    return config
+
+
+def _config() -> Config:
+    config = Config()
+    # it is read as the text of an ini file, where a percent sign is doubled
+    config.set_main_option("script_location", str(PROJECT_ROOT / "migrations").replace("%", "%%"))
     return config
 
 
 def head_revision() -> str:
     """The revision that this code was written for."""
-    config = Config()
-    config.set_main_option("script_location", str(PROJECT_ROOT / "migrations"))
-    head = ScriptDirectory.from_config(config).get_current_head()
+    head = ScriptDirectory.from_config(_config()).get_current_head()
     assert head is not None
     return head
 
@@ -44,7 +49,10 @@ def current_revision(engine: Engine) -> str | None:
 
 
 def upgrade(engine: Engine, revision: str = "head") -> str | None:
-    """Migrate to `revision` under the advisory lock; others wait their turn. Returns the revision reached."""
+    """Migrate to `revision` under the advisory lock; others wait their turn. Returns the revision reached.
+
+    Raises `FarmError` where there is no such revision, and `Unavailable`.
+    """
     with _exclusively(engine) as connection:
         command.upgrade(alembic_config(connection), revision)
     return current_revision(engine)
@@ -71,3 +79,5 @@ def _exclusively(engine: Engine) -> Iterator[Connection]:
         if is_outage(error):
             raise Unavailable(f"the database cannot be migrated now: {error.orig}") from error
         raise
+    except CommandError as error:
+        raise FarmError(f"the database cannot be migrated: {error}") from error

@@ -150,7 +150,9 @@ class Delivery:
 
     def _complain(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        logger.warning("upload failed, trying again: %s", error)
+        # the first failure is for people, who otherwise would see a batch that stands still
+        level = logging.ERROR if state.attempt_number == 1 else logging.WARNING
+        logger.log(level, "upload failed, trying again: %s", error)
         self._leases.report_error(f"storage: {error}")
 
     def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:

@@ -88,6 +88,7 @@ def migrate(to: str) -> None:
     finally:
         engine.dispose()
     if before == after:
-        click.echo(f"the schema is at {after}; nothing to do")
+        older = f", which is newer than {to}; there is no way back by this command" if to not in (after, "head") else ""
+        click.echo(f"the schema is at {after}{older or '; nothing to do'}")
     else:
         click.echo(f"the schema went from {before or 'empty'} to {after}")

@@ -99,15 +99,29 @@ class S3Storage:
         return bytes(data)
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Size and time of `key`, or None. (S3 answers the same where the whole bucket is missing.)"""
+        """Size and time of `key`, or None."""
         with self._mapped("head", key):
             try:
                 answer = self._client.head_object(**self._object(key))
             except ClientError as error:
-                if _code(error) in ("404", "NoSuchKey", "NotFound"):
-                    return None
-                raise
+                if _code(error) not in ("404", "NoSuchKey", "NotFound"):
+                    raise
+                self._check_bucket()
+                return None
         return ObjectInfo(key, answer["ContentLength"], answer["LastModified"])
+
+    def _check_bucket(self) -> None:
+        """Raise where there is no bucket: a HEAD has no body that could say whether key or bucket is missing."""
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if _code(error) == "404":
+                raise ClientError(
+                    {**error.response, "Error": {"Code": "NoSuchBucket", "Message": "there is no such bucket"}},
+                    "HeadBucket",
+                ) from error
+            if _code(error) != "403":  # a key that may not look at buckets may still read what is in them
+                raise
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove these objects, a thousand in one request."""

@@ -272,6 +272,10 @@ class TestRealS3:
         with pytest.raises(StorageMisconfigured):
             storage.head("t/a")
 
+    def test_a_missing_bucket_is_no_missing_object(self, ceph: S3Server) -> None:
+        with pytest.raises(StorageMisconfigured, match="create the bucket"):
+            open_storage(settings_of(ceph, storage_url="s3://no-such-bucket/x")).head("t/a")
+
     def test_a_wrong_clock_is_named(self, ceph: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         real = botocore.auth.get_current_datetime
         monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: real(*a, **k).replace(year=2020))

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, inspect, make_url, text
 
 from shared import schema
 from shared.database import open_engine
-from shared.errors import Unavailable
+from shared.errors import FarmError, Unavailable
 from shared.models import Base
 from tests.conftest import server_command, settings_for
 
@@ -37,6 +37,11 @@ def test_up_from_nothing_and_down_to_nothing(empty_engine: Engine) -> None:
     assert schema.upgrade(empty_engine) == schema.head_revision(), "a second time changes nothing"
     assert schema.downgrade(empty_engine, "base") is None
     assert set(inspect(empty_engine).get_table_names()) <= {"alembic_version"}
+
+
+def test_a_revision_that_there_is_not_is_told(empty_engine: Engine) -> None:
+    with pytest.raises(FarmError, match="nope"):
+        schema.upgrade(empty_engine, "nope")
 
 
 def test_the_migrations_make_what_the_models_say(empty_engine: Engine) -> None:

@@ -74,14 +74,15 @@ class Up:
 
 
 def processes_of(data: Path) -> dict[int, str]:
-    """Every process of the farm in `data`, found by its command line or environment."""
+    """Every process of the farm in `data`, found by its command line, environment or working folder."""
     found = {}
+    mark = data.parent.parent.name
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             words = " ".join(process.cmdline())
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if str(data) in words or any(str(data) in value for value in process.environ().values()):
+            if any(mark in place for place in (words, process.cwd(), *process.environ().values())):
                 found[process.pid] = words
     return found
 
@@ -100,9 +101,13 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[Path]:
-    """A data folder that the tests of this file use one after the other, as a machine's owner would."""
+    """A data folder that the tests of this file use one after the other, as a machine's owner would.
+
+    Its path holds what shells and URLs read as something else.
+    """
     with tempfile.TemporaryDirectory(prefix="imagefarm-") as folder:
-        data = Path(folder).resolve() / "farm-data"
+        data = Path(folder).resolve() / 'Zoë\'s "farm"; $HOME %20#?' / "farm-data"
+        data.parent.mkdir()
         yield data
         for pid in processes_of(data):
             with suppress(ProcessLookupError):

@@ -18,7 +18,7 @@ from imagefarm import connection, prompt_files
 from imagefarm.cli import SECTIONS, cli
 from imagefarm.commands import doctor as doctor_command
 from imagefarm.connection import FarmRequestError, FarmUnreachable, find_farm
-from imagefarm.farm_files import lock_folder, process_settings, write_private
+from imagefarm.farm_files import lock_folder, process_settings, write_join_file, write_private
 from imagefarm.serving import choose_models
 from shared.catalogue import Catalogue, load_catalogue
 from shared.errors import FarmError, Fault, SettingsError
@@ -140,7 +140,7 @@ def test_the_address_comes_from_arguments_then_environment_then_the_data_folder(
 def test_a_damaged_client_file_is_told() -> None:
     Path("farm-data").mkdir()
     Path("farm-data/client.json").write_text("{")
-    assert "client.json: cannot be read" in run("status").stderr
+    assert "client.json: is damaged" in run("status").stderr
 
 
 @pytest.mark.parametrize("key", ["imf_secret\r\nX-Evil: 1", "imf_sécret"])
@@ -230,6 +230,13 @@ def test_processes_join_the_farm_of_the_data_folder(monkeypatch: pytest.MonkeyPa
     joined = {"database_url": "postgresql:///here", "redis_url": "redis://here", "storage_url": "file:///here"}
     write_private(Path("farm-data/farm.json"), {**joined, "catalogue": "c.toml", "listen": "127.0.0.1:9"})
     assert process_settings().database_url.get_secret_value() == "postgresql:///here"
+    s3 = {"s3_endpoint_url": "http://s3:9000", "s3_access_key": "a", "s3_secret_key": "b"}
+    write_join_file(Path("farm-data"), load_settings(**joined, **s3))
+    assert Path("farm-data/farm.json").stat().st_mode & 0o777 == 0o600
+    found = process_settings()
+    assert (found.s3_endpoint_url, found.s3_region) == ("http://s3:9000", "us-east-1")
+    assert found.s3_secret_key
+    assert found.s3_secret_key.get_secret_value() == "b"
     monkeypatch.setenv("DATABASE_URL", "postgresql:///there")
     with pytest.raises(SettingsError, match="REDIS_URL: is not set"):
         process_settings()
