@@ -37,7 +37,8 @@ clean:  ## remove the virtual environment and all caches
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "imagefarm needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.worker: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing imagefarm with its engines into $(VENV) (once; some minutes) …"

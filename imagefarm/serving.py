@@ -27,8 +27,8 @@ def obstacle(entry: ModelEntry, settings: Settings) -> str | None:
         return None
     if find_spec("torch") is None:
         return _WORKER_EXTRA
-    if entry.folder is not None and not (entry.folder.is_dir() and any(entry.folder.iterdir())):
-        return f"its weights are not in {entry.folder}"
+    if entry.folder is not None and not any(entry.folder.rglob("*.safetensors")):
+        return f"its weights (*.safetensors) are not in {entry.folder}"
     if entry.hub is not None and not settings.allow_downloads:
         return "its weights come from the hub: set IMAGEFARM_ALLOW_DOWNLOADS=true (or use a model with a folder)"
     return None

@@ -76,10 +76,11 @@ class ModelEntry(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> ModelEntry:
+        accepted = list(spec_class(self.backend).model_fields)
         sources = [s for s in (self.folder, self.hub, self.hosted) if s is not None]
         if len(sources) != (0 if self.backend == "fake" else 1):
             raise ValueError("needs exactly one of folder, hub, hosted")
-        self._accepted.extend(spec_class(self.backend).model_fields)
+        self._accepted.extend(accepted)
         return self
 
     @property
@@ -142,16 +143,21 @@ def load_catalogue(path: Path) -> Catalogue:
         raise CatalogueError(f"{path}: no such file; set IMAGEFARM_CATALOGUE to a catalogue file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CatalogueError(f"{path}: cannot be read: {error}") from None
+    models = raw.get("models", {})
+    if not isinstance(models, dict) or not all(isinstance(table, dict) for table in models.values()):
+        raise CatalogueError(f"{path}: every model is a table [models.NAME]")
     if unknown := set(raw) - {"models"}:
         raise CatalogueError(f"{path}: unknown table {sorted(unknown)[0]!r}; every model is a table [models.NAME]")
     entries = {}
-    for name, table in raw.get("models", {}).items():
+    for name, table in models.items():
         if not NAME.fullmatch(name):
             raise CatalogueError(f"{path}: {name!r} is not a model name; use a-z, 0-9, '.', '_' and '-'")
         try:
+            if "name" in table:
+                raise CatalogueError("its name stands in [models.NAME]; leave the field out")
             entry = ModelEntry(name=name, **table)
             if entry.folder is not None:
-                entry = entry.model_copy(update={"folder": (path.parent / entry.folder).resolve()})
+                entry = entry.model_copy(update={"folder": (path.parent / entry.folder.expanduser()).resolve()})
             sample = {"class_index": 0} if entry.limits.num_classes else {}
             entry.resolve({"prompt": "sample", **sample}, pointer="/defaults")
         except (ValidationError, CatalogueError, InvalidInput) as error:

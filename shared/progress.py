@@ -72,7 +72,8 @@ class BatchView:
             return BatchState.CANCELED if self.counts[State.CANCELED] == self.job_count else BatchState.FINISHED
         if self.paused:
             return BatchState.PAUSED
-        return BatchState.RENDERING if self.started_at else BatchState.QUEUED
+        ended = self.job_count - self.open
+        return BatchState.RENDERING if self.counts[State.RENDERING] or ended else BatchState.QUEUED
 
     @property
     def images_per_second(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,14 @@ from shared.queue import queue_name
 from shared.settings import PROJECT_ROOT, Settings, environment_of
 
 T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A TCP port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def wait_for(look: Callable[[], T], seconds: float = 30.0, what: str = "the condition") -> T:

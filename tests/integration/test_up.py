@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import pytest
 from imagefarm import Batch, Farm
 from imagefarm.connection import read_client_file
 from shared.settings import PROJECT_ROOT
-from tests.farm import wait_for
+from tests.farm import free_port, wait_for
 
 #: a killed worker is missed after this many seconds
 LEASE_SECONDS = 2.0
@@ -85,13 +84,6 @@ def processes_of(data: Path) -> dict[int, str]:
             if any(mark in place for place in (words, process.cwd(), *process.environ().values())):
                 found[process.pid] = words
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
