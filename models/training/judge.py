@@ -1,13 +1,14 @@
 """Says what is in a picture of drawn shapes by looking at its pixels alone.
 
 Needs only NumPy and Pillow. The background is the commonest palette colour along the border, objects are the connected
-regions that differ from it, and the shape of each is the one whose outline, drawn at the region's own centroid with
-its best rotation and a scale near equal area, overlaps it most (soft intersection over union). Nothing that overlaps
-too little is given a name.
+regions that differ from it, and the shape of each is the one whose outline overlaps it most (soft intersection over
+union). Each outline is drawn at the region's centroid with its area and its best rotation, then moved to where it fits
+best. Nothing that overlaps too little is given a name.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ UNKNOWN = "unknown"
 MIXED = "mixed"
 #: A region that overlaps no outline at least this much has no shape.
 LEAST_OVERLAP = 0.80
-#: Sizes to try beside the one of equal area, since a soft edge adds area.
-SCALES = (0.9, 0.95, 1.05)
+#: Steps by which an outline is moved toward its best place: x and y in pixels, size in shares, rotation in degrees.
+STEPS = (np.array([0.5, 0.5, 0.05, 3.0]), np.array([0.25, 0.25, 0.025, 1.0]))
 #: Regions smaller than this share of the picture are specks, not objects.
 LEAST_AREA = 0.004
 _NAMES = tuple(PALETTE)
@@ -98,13 +99,30 @@ def name_shape(alpha: np.ndarray) -> tuple[str, float]:
     best, name = 0.0, UNKNOWN
     for shape in SHAPES:
         radius = math.sqrt(area / _unit_area(shape))
-        tries = [(_overlap(alpha, shape, Placement(x, y, radius, turn)), turn) for turn in _rotations(shape)]
-        overlap, turn = max(tries)
-        for scale in SCALES:
-            overlap = max(overlap, _overlap(alpha, shape, Placement(x, y, scale * radius, turn)))
+        tries = [Placement(x, y, radius, turn) for turn in _rotations(shape)]
+        overlap = _refined(alpha, shape, max(tries, key=lambda place: _overlap(alpha, shape, place)))
         if overlap > best:
             best, name = overlap, shape
     return (name, best) if best >= LEAST_OVERLAP else (UNKNOWN, best)
+
+
+def _refined(alpha: np.ndarray, shape: str, place: Placement) -> float:
+    """Overlap of the best outline near `place`: one figure after the other is moved while that helps."""
+    best = _overlap(alpha, shape, place)
+    for step in STEPS:
+        better = True
+        while better:
+            better = False
+            for change in itertools.chain.from_iterable((delta, -delta) for delta in step * np.eye(4)):
+                moved = _moved(place, change)
+                if (overlap := _overlap(alpha, shape, moved)) > best + 1e-4:
+                    best, place, better = overlap, moved, True
+    return best
+
+
+def _moved(place: Placement, change: np.ndarray) -> Placement:
+    x, y, scale, turn = change
+    return Placement(place.x + x, place.y + y, place.radius * (1 + scale), place.rotation + turn)
 
 
 def _overlap(alpha: np.ndarray, shape: str, placement: Placement) -> float:
