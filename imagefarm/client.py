@@ -221,4 +221,4 @@ class Farm:
 
 
 def _id(what: Batch | Job | str) -> str:
-    return quote(what, safe="") if isinstance(what, str) else what.id
+    return quote(what, safe="", errors="replace") if isinstance(what, str) else what.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from typing import IO, Any, NoReturn
 
 import click
@@ -15,8 +16,10 @@ from shared.errors import FarmError
 
 #: columns where the output is no terminal, so that ids are not folded
 _PIPE_WIDTH = 200
-#: columns of what people copy into the next command
-_NAMING = frozenset({"batch", "job", "key", "model"})
+#: characters that turn the direction of a line
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+#: columns whose text stays whole: what people copy into the next command, and single words
+_NAMING = frozenset({"batch", "job", "key", "state", "done"})
 
 # what others wrote is shown as it is: "[/red]" or ":heart:" in a prompt, a name or an error is no markup
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
@@ -31,7 +34,11 @@ def say(text: str, style: str = "") -> None:
 
 def printable(text: str) -> str:
     """A text without what a terminal would obey, such as escape sequences in somebody's prompt."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in text)
+    return "".join(sign if sign == "\n" or not _is_obeyed(sign) else "�" for sign in text)
+
+
+def _is_obeyed(sign: str) -> bool:
+    return unicodedata.category(sign) in {"Cc", "Cs"} or sign in _TURNS
 
 
 def show(table: Table) -> None:

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects.postgresql import insert
 
+from shared.errors import FarmError
 from shared.models import ApiKey, Tenant
+from shared.specs import text_fault
 
 _KEY = re.compile(r"imf_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
+_MAX_NAME = 200
+#: shares further apart would leave nothing of one job's effort in the digits of a clock
+_LEAST_WEIGHT = 0.001
 _NOBODY = hashlib.sha256(b"no such key").digest()
 
 
@@ -27,13 +32,19 @@ class TenantIdentity:
 
 
 def ensure_tenant(connection: Connection, name: str, weight: float = 1.0) -> int:
-    """The id of the tenant of this name, made if need be."""
+    """The id of the tenant of this name, made if need be. Raises `FarmError`."""
+    if not 0 < len(name.strip()) <= _MAX_NAME or text_fault(name):
+        raise FarmError(f"a tenant needs a name of 1 to {_MAX_NAME} characters of valid text")
+    if not _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT:  # NaN is not, either; it would stop the clock of everybody
+        raise FarmError(f"a weight must be from {_LEAST_WEIGHT} to {1 / _LEAST_WEIGHT:g}")
     connection.execute(insert(Tenant).values(name=name, weight=weight).on_conflict_do_nothing())
     return connection.execute(select(Tenant.id).where(Tenant.name == name)).scalar_one()
 
 
 def create_key(connection: Connection, tenant_id: int, name: str) -> str:
-    """A new key for a tenant, in clear. This is the only time that it can be seen."""
+    """A new key for a tenant, in clear. This is the only time that it can be seen. Raises `FarmError`."""
+    if len(name) > _MAX_NAME or text_fault(name):
+        raise FarmError(f"the name of a key must have at most {_MAX_NAME} characters of valid text")
     prefix = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
     key = f"imf_{prefix}_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(key.encode()).digest()

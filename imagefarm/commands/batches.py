@@ -83,7 +83,7 @@ def _list(batches: Sequence[Batch]) -> None:
             Text(batch.state, _STYLES.get(batch.state, "")),
             f"{batch.ended}/{batch.job_count}",
             Text(str(batch.failed), "red") if batch.failed else "",
-            f"{batch.created_at.astimezone():%Y-%m-%d %H:%M:%S}" if batch.created_at else "",
+            f"{batch.created_at.astimezone():%m-%d %H:%M}" if batch.created_at else "",
         )
     show(table)
 

@@ -72,11 +72,11 @@ def test_the_other_commands(run: Run, finished: Batch, tmp_path: Path) -> None:
 
 
 def test_what_others_wrote_is_shown_as_it_is(run: Run) -> None:
-    name = "[/red] [cat] :heart: \x1b[31m"
+    name = "[/red] [cat] :heart: \x1b[31m 日本\u3000語"
     batch = run("submit", "a", "--model", "fake", "--name", name, "--watch").stdout.strip()
     for result in (run("status"), run("status", batch)):
         assert result.exit_code == 0, result.output
-        assert "[/red] [cat] :heart: �[31m" in result.stdout
+        assert "[/red] [cat] :heart: �[31m 日本\u3000語" in result.stdout
     assert run("watch", batch).stderr.startswith("✔ [/red] [cat] :heart: �[31m")
 
 
@@ -88,7 +88,7 @@ def test_an_id_stays_in_the_list_on_a_narrow_terminal(
     assert finished.id in run("status").stdout
 
 
-@pytest.mark.parametrize("id_", ["../models", "a b?c#d", "%2e%2e/models", "batch_1"])
+@pytest.mark.parametrize("id_", ["../models", "a b?c#d", "%2e%2e/models", "batch_1", "batch_\udcff"])
 def test_an_id_that_is_none(run: Run, id_: str) -> None:
     result = run("status", id_)
     assert result.exit_code == 1
@@ -108,6 +108,20 @@ def test_a_proxy_has_no_part_in_reaching_this_machine(run: Run, monkeypatch: pyt
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     assert run("status").exit_code == 0
     assert "✘ API" not in run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--tenant", "w", "--weight", "nan"), ("--tenant", "w", "--weight", "inf"), ("--tenant", "w", "--weight", "0"),
+        ("--tenant", " "), ("--tenant", "x" * 5000), ("--tenant", "\udcff"), ("--tenant", "w", "--name", "\udcff"),
+    ],
+)  # fmt: skip
+def test_tenants_and_keys_that_would_harm_are_refused(run: Run, options: tuple[str, ...]) -> None:
+    result = run("key", "create", *options)
+    assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
 
 
 def test_keys(run: Run, farm: Farm) -> None:
