@@ -17,6 +17,7 @@ from itertools import chain
 
 import tenacity
 
+from shared import failpoints
 from shared.catalogue import ModelEntry
 from shared.errors import StorageError
 from shared.keys import image_key, thumbnail_key
@@ -129,6 +130,7 @@ class Delivery:
         if encoded.thumbnail is not None:
             self._put(thumbnail_key(key), encoded.thumbnail, "image/webp")
         self._put(key, encoded.data, encoded.content_type)
+        failpoints.hit("after_upload")
         size = len(rendered.tasks)
         facts = {
             "width": picture.image.width,
