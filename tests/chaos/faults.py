@@ -56,11 +56,10 @@ def _kill_group(stage: Stage, dice: random.Random) -> Sequence[Held]:
 @_fault("worker: kill -9 child")
 def _kill_child(stage: Stage, dice: random.Random) -> Sequence[Held]:
     with stage.one_of(stage.workers, dice) as worker:
+        if not wait_until(lambda: bool(worker.children()), 10):
+            raise Missed("it had no child")
         held = stage.held_by(worker)
-        children = worker.children()
-        if not children:
-            raise Missed("it had no child just then")
-        _kill(children[0])
+        _kill(worker.children()[0])
         return held
 
 
@@ -128,9 +127,12 @@ def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: st
             post.leave(GRACE_SECONDS + 10)
             position = post.log_size()
             post.start(f"{point}={action}:{odds},seed={dice.randrange(1000)}")
+            if post in stage.keepers:
+                _let_lead(stage, post)
 
             def reached() -> bool:
                 post.children()
+                stage.nudge()
                 return f"failpoint {point}: {action}" in post.log_since(position)
 
             if not wait_until(reached, _REACH_SECONDS):
@@ -148,11 +150,22 @@ def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: st
             return held
 
 
+def _let_lead(stage: Stage, keeper: Post) -> None:
+    """Send the other keepers away until this one leads: a keeper that stands by passes no failpoint."""
+    assert keeper.process is not None
+    others = [post for post in stage.keepers if post is not keeper]
+    for post in others:
+        post.leave(5)
+    wait_until(lambda: stage.leader_pid() is not None, 10)
+    for post in others:
+        post.start()
+
+
 _failpoint(lambda stage: stage.workers, "after_claim", "kill")
-_failpoint(lambda stage: stage.workers, "render_step", "kill", "1/4")
-_failpoint(lambda stage: stage.workers, "render_step", "hang", "1/4")
-_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/4")
-_failpoint(lambda stage: stage.workers, "after_upload", "kill", "1/4")
+_failpoint(lambda stage: stage.workers, "render_step", "kill", "1/2")
+_failpoint(lambda stage: stage.workers, "render_step", "hang", "1/2")
+_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/2")
+_failpoint(lambda stage: stage.workers, "after_upload", "kill", "1/2")
 _failpoint(lambda stage: stage.workers, "after_result", "kill", "1/2")
 _failpoint(lambda stage: stage.apis, "before_bell", "kill", "1/2")
 _failpoint(lambda stage: stage.apis, "mid_copy", "kill", "1/2")
@@ -173,10 +186,9 @@ def _kill_api(stage: Stage, dice: random.Random) -> Sequence[Held]:
 @_fault("api: kill -9 child")
 def _kill_api_child(stage: Stage, dice: random.Random) -> Sequence[Held]:
     with stage.one_of(stage.apis, dice) as api:
-        children = api.children()
-        if not children:
-            raise Missed("it had no child just then")
-        _kill(dice.choice(children))
+        if not wait_until(lambda: bool(api.children()), 10):
+            raise Missed("it had no child")
+        _kill(dice.choice(api.children()))
     return []
 
 

@@ -50,7 +50,7 @@ class Findings:
     #: objects of jobs that were called off or given up after the upload, and are young
     leftovers: int = 0
     #: jobs that asked for no fault, but were lost with three workers
-    struck_thrice: int = 0
+    struck_thrice: list[int] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
@@ -104,8 +104,8 @@ def _rows(connection: Connection, accepted: Mapping[str, int], found: Findings) 
             found.doubled.append(f"{name}: {row.rows} jobs that nobody was told of")
         if row.finished_at is None:
             found.other.append(f"{name} is not closed")
-    states = connection.execute(select(Job.state, func.count()).group_by(Job.state))
-    found.states = Counter({state: number for state, number in states})
+    states = connection.execute(select(Job.state, func.count().label("number")).group_by(Job.state))
+    found.states = Counter({row.state: row.number for row in states})
     found.jobs = found.states.total()
     still_open = select(Job.id, Job.state).where(Job.state.in_([str(state) for state in OPEN]))
     found.lost += [f"job {row.id} is still {row.state}" for row in connection.execute(still_open)]
@@ -113,15 +113,8 @@ def _rows(connection: Connection, accepted: Mapping[str, int], found: Findings) 
 
 def _attempts(connection: Connection, found: Findings) -> None:
     """I3: one success for each job that succeeded, and for no other."""
-    successes: Counter[int] = Counter(
-        dict(
-            connection.execute(
-                select(Attempt.job_id, func.count())
-                .where(Attempt.outcome == Outcome.SUCCEEDED)
-                .group_by(Attempt.job_id)
-            ).all()  # type: ignore[arg-type]
-        )
-    )
+    rows = select(Attempt.job_id).where(Attempt.outcome == Outcome.SUCCEEDED)
+    successes = Counter(connection.execute(rows).scalars())
     succeeded = set(connection.execute(select(Job.id).where(Job.state == State.SUCCEEDED)).scalars())
     found.doubled += [f"job {job}: recorded {n} times" for job, n in successes.items() if n > 1]
     found.doubled += [f"job {job}: recorded, and yet not succeeded" for job in successes.keys() - succeeded]
@@ -160,13 +153,14 @@ def _causes(connection: Connection, found: Findings) -> None:
         "crash": {POISON}, "hang": {POISON}, "out_of_memory": {"out-of-memory"}, "transient": {"transient"},
         "permanent": {"asked_for"},
     }  # fmt: skip
-    failed = select(Job.id, Job.error_class, Job.error_detail, Job.lost_count, Job.overrides)
-    for row in connection.execute(failed.where(Job.state == State.FAILED)):
-        asked = (row.overrides or {}).get("fault", "none")
+    columns = (Job.id, Job.error_class, Job.error_detail, Job.lost_count, Job.overrides, Batch.parameters)
+    failed = select(*columns).join(Batch, Batch.id == Job.batch_id).where(Job.state == State.FAILED)
+    for row in connection.execute(failed):
+        asked = {**row.parameters, **(row.overrides or {})}["fault"]
         if row.error_class in expected.get(asked, set()):
             continue
         if row.error_class == POISON and row.lost_count >= 3:
-            found.struck_thrice += 1
+            found.struck_thrice.append(row.id)
         else:
             found.other.append(f"job {row.id} (fault {asked}) failed: {row.error_class}: {row.error_detail}")
 

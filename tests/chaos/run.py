@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy import select
+
+from shared.database import transaction
 from shared.errors import Unavailable
+from shared.models import Attempt, Job
 from tests.chaos import load, reconcile
 from tests.chaos.faults import FAULTS, Missed, draw
 from tests.chaos.load import Ledger, Load
@@ -22,6 +26,8 @@ from tests.chaos.watch import Totals, Watch
 #: faults that are at work at the same time, and what lies between two starts
 _AT_ONCE = 3
 _PAUSE_SECONDS = (0.3, 1.2)
+#: a fault that waits for work is given some so often
+_NUDGE_SECONDS = 0.7
 #: a farm that ends no job for so long, after all faults, has lost something
 _PATIENCE_SECONDS = 60.0
 
@@ -79,6 +85,7 @@ def run(
         findings = reconcile.reconcile(stage.services, accepted, ledger.answers)
         findings.lost += [f"{key} was never accepted" for key in ledger.submitted.keys() - ledger.accepted.keys()]
         findings.other += stage.complaints + ledger.surprises
+        _explain(stage, findings)
         return Outcome(
             findings, ledger, game.done, game.missed, watch.recoveries, stage.late_results(), time.monotonic() - started
         )
@@ -92,23 +99,38 @@ class _Game:
         self._watch = watch
         self._on_progress = on_progress
         self._lock = threading.Lock()
+        #: what is still to be submitted
+        self._reserve: deque[load.Submission] = deque()
+        self._brought_at = 0.0
 
     def play(self, kinds: list[str], shares: list[list[load.Submission]], tenants: Load, dice: random.Random) -> None:
         """Each fault with its share of the load; at last the share that no fault accompanies."""
         running: list[Future[None]] = []
+        self._stage.nudge = lambda: self._bring_more(tenants)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for kind, share in zip(kinds, shares, strict=False):
-                tenants.submit(share)
+                # one part comes now, the other where a fault waits for work
+                tenants.submit(share[:1])
+                self._reserve.extend(share[1:])
                 if kind in FAULTS:
                     running.append(pool.submit(self._strike, kind, dice.randrange(2**32)))
                 else:
                     self._count(self.done, kind)
                 self._wait(dice.uniform(*_PAUSE_SECONDS), running)
-            tenants.submit(shares[-1])
+            self._reserve.extend(shares[-1])
             while not all(each.done() for each in running):
                 self._wait(0.2, [])
+        tenants.submit(list(self._reserve))
         for each in running:
             each.result()
+
+    def _bring_more(self, tenants: Load) -> None:
+        with self._lock:
+            if not self._reserve or time.monotonic() - self._brought_at < _NUDGE_SECONDS:
+                return
+            self._brought_at = time.monotonic()
+            submission = self._reserve.popleft()
+        tenants.submit([submission])
 
     def _wait(self, seconds: float, running: list[Future[None]]) -> None:
         """Let some time pass, and more while as many faults are at work as may be."""
@@ -144,3 +166,25 @@ class _Game:
 
 def _over(totals: Totals) -> bool:
     return not totals.open and not totals.unclosed
+
+
+def _explain(stage: Stage, findings: Findings) -> None:
+    for job in findings.struck_thrice:
+        with transaction(stage.services.engine) as connection:
+            rows = connection.execute(
+                select(
+                    Attempt.worker_id, Attempt.started_at, Attempt.finished_at, Attempt.outcome, Job.vt, Job.batch_id
+                )
+                .join(Job, Job.id == Attempt.job_id)
+                .where(Attempt.job_id == job)
+                .order_by(Attempt.started_at)
+            ).all()
+            for row in rows:
+                print("STRUCK", job, *map(str, row))
+            others = connection.execute(
+                select(Attempt.job_id, Attempt.worker_id, Attempt.started_at)
+                .where(Attempt.worker_id.in_([r.worker_id for r in rows]), Attempt.outcome == "worker_lost")
+                .order_by(Attempt.started_at)
+            ).all()
+            for row in others:
+                print("   MATE", *map(str, row))

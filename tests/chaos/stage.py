@@ -155,6 +155,8 @@ class Stage:
         self._closing = threading.Event()
         #: what a fault saw and no invariant covers
         self.complaints: list[str] = []
+        #: brings a little more work where a fault waits for some
+        self.nudge: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as stack:
@@ -284,6 +286,15 @@ class Stage:
                 return [Held(*row) for row in connection.execute(_HELD, values)]
         except Unavailable:
             return []
+
+    def leader_pid(self) -> int | None:
+        """The database's process that serves the keeper which leads."""
+        query = text("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
+        try:
+            with transaction(self.services.engine) as connection:
+                return connection.execute(query).scalars().first()
+        except Unavailable:
+            return None
 
     def bells(self) -> contextlib.closing:  # type: ignore[type-arg]
         """A client of Redis, to be closed."""
