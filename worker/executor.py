@@ -231,6 +231,9 @@ class Executor:
         self._drop(claim, unwanted, waiting)
         if not tasks:
             return
+        if any(task.job.lost_count for task in tasks):
+            # it may take this process down, and shall not take images along that are rendered but not recorded yet
+            self._delivery.flush()
         try:
             pictures, seconds = self._pass(engine, claim, tasks)
         except Interrupted:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from imagefarm.embedded import EmbeddedRedis
 from shared import progress
@@ -237,6 +237,21 @@ def test_a_hung_device_ends_its_worker(
         assert "the device hangs" in worker.text()
     with transaction(services.engine) as connection:
         assert connection.execute(select(Job.error_class, Job.lost_count)).one() == ("poison", 3)
+
+
+def test_a_job_that_kills_workers_takes_no_rendered_image_along(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    # an image whose encoding takes longer than the claim and the crash of the job that follows it
+    jobs = [{"prompt": "large", "width": 2048, "height": 2048}, {"prompt": "x", "fault": "crash"}]
+    planned = plan(services.catalogue["fake"], {}, jobs=jobs, max_jobs=2)
+    batch = submit(services, tenant, planned).public_id
+    with transaction(services.engine) as connection:
+        # both were lost before, as two mates of a pass that killed its worker are
+        connection.execute(update(Job).values(lost_count=2, batch_key=None))
+    with celery_worker(quick, tmp_path / "worker.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
+        done = finished(services, tenant, batch)
+    assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (1, 1)
 
 
 def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, settings: Settings) -> None:
