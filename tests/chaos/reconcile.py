@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
@@ -165,10 +166,10 @@ def _causes(connection: Connection, found: Findings) -> None:
             found.other.append(f"job {row.id} (fault {asked}) failed: {row.error_class}: {row.error_detail}")
 
 
-def _objects(services: Services, jobs: Mapping[tuple[int, int], object], grace: timedelta, found: Findings) -> None:
+def _objects(services: Services, jobs: Mapping[tuple[int, int], Any], grace: timedelta, found: Findings) -> None:
     """I2 and I6: each recorded image is stored once, byte for byte, and nothing else is."""
-    recorded = {row.result_key: row for row in jobs.values() if row.result_key is not None}  # type: ignore[attr-defined]
-    if len(recorded) < sum(row.result_key is not None for row in jobs.values()):  # type: ignore[attr-defined]
+    recorded = {row.result_key: row for row in jobs.values() if row.result_key is not None}
+    if len(recorded) < sum(row.result_key is not None for row in jobs.values()):
         found.doubled.append("two jobs have the same object")
     oldest = datetime.now(UTC) - grace
     for info in services.storage.list():

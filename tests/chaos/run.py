@@ -11,11 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import select
-
-from shared.database import transaction
 from shared.errors import Unavailable
-from shared.models import Attempt, Job
 from tests.chaos import load, reconcile
 from tests.chaos.faults import FAULTS, Missed, draw
 from tests.chaos.load import Ledger, Load
@@ -85,7 +81,6 @@ def run(
         findings = reconcile.reconcile(stage.services, accepted, ledger.answers)
         findings.lost += [f"{key} was never accepted" for key in ledger.submitted.keys() - ledger.accepted.keys()]
         findings.other += stage.complaints + ledger.surprises
-        _explain(stage, findings)
         return Outcome(
             findings, ledger, game.done, game.missed, watch.recoveries, stage.late_results(), time.monotonic() - started
         )
@@ -142,11 +137,11 @@ class _Game:
     def _strike(self, kind: str, seed: int) -> None:
         since = time.monotonic()
         try:
-            held = FAULTS[kind](self._stage, random.Random(seed))
+            struck = FAULTS[kind](self._stage, random.Random(seed))
         except (Missed, Unavailable):
             self._count(self.missed, kind)
             return
-        self._watch.follow(kind, since, held)
+        self._watch.follow(kind, struck.at or since, struck.held)
         self._count(self.done, kind)
 
     def _count(self, counter: Counter[str], kind: str) -> None:
@@ -166,25 +161,3 @@ class _Game:
 
 def _over(totals: Totals) -> bool:
     return not totals.open and not totals.unclosed
-
-
-def _explain(stage: Stage, findings: Findings) -> None:
-    for job in findings.struck_thrice:
-        with transaction(stage.services.engine) as connection:
-            rows = connection.execute(
-                select(
-                    Attempt.worker_id, Attempt.started_at, Attempt.finished_at, Attempt.outcome, Job.vt, Job.batch_id
-                )
-                .join(Job, Job.id == Attempt.job_id)
-                .where(Attempt.job_id == job)
-                .order_by(Attempt.started_at)
-            ).all()
-            for row in rows:
-                print("STRUCK", job, *map(str, row))
-            others = connection.execute(
-                select(Attempt.job_id, Attempt.worker_id, Attempt.started_at)
-                .where(Attempt.worker_id.in_([r.worker_id for r in rows]), Attempt.outcome == "worker_lost")
-                .order_by(Attempt.started_at)
-            ).all()
-            for row in others:
-                print("   MATE", *map(str, row))
