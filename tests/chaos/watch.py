@@ -71,7 +71,7 @@ class Watch:
         self._thread.join(20)
 
     def follow(self, kind: str, since: float, held: Sequence[Held]) -> None:
-        """Note when each of these jobs is claimed anew or ends; without any, when the next job of the farm ends."""
+        """Note when the first of these jobs is claimed anew or ends; without any, when the farm's next job ends."""
         followed = _Followed(kind, since, {each.job_id: each.token for each in held})
         if not held:
             followed.ended = self.totals.ended
@@ -103,11 +103,12 @@ class Watch:
         now = time.monotonic()
         with self._lock:
             for each in self._followed:
-                for job_id, token in list(each.tokens.items()):
-                    state, now_held = jobs.get(job_id, ("rendering", token))
-                    if state in ("succeeded", "failed", "canceled") or (now_held and now_held != token):
-                        del each.tokens[job_id]
-                if not each.tokens and (each.ended is None or self.totals.ended > each.ended):
+                moved = any(_moved(token, *jobs[job_id]) for job_id, token in each.tokens.items() if job_id in jobs)
+                if moved or (each.ended is not None and self.totals.ended > each.ended):
                     self.recoveries.setdefault(each.kind, []).append(now - each.since)
                     each.kind = ""
             self._followed = [each for each in self._followed if each.kind]
+
+
+def _moved(token: str, state: str, now_held: str | None) -> bool:
+    return state in ("succeeded", "failed", "canceled") or (now_held is not None and now_held != token)
