@@ -164,10 +164,14 @@ class Delivery:
         try:
             results: list[Result] = []
             unwanted: list[int] = []
+            interrupted: list[int] = []
             failures: list[tuple[Failure, int, float | None]] = []
             for stored in chain.from_iterable(upload.result() for upload in uploads):
                 job = rendered.tasks[stored.index].job
-                if stored.error is not None:
+                if isinstance(stored.error, StorageError) and self._stopping.is_set():
+                    # we had to stop before the storage came back: no fault of the job
+                    interrupted.append(job.id)
+                elif stored.error is not None:
                     failure, wait = failure_of(job.id, stored.error)
                     failures.append((failure, job.attempt, wait))
                 elif stored.result is None:
@@ -178,6 +182,7 @@ class Delivery:
                 self._reporter.succeed(rendered.token, results)
             if failures:
                 self._reporter.give_up(rendered.token, failures)
+            self._reporter.release(rendered.token, interrupted)
             self._reporter.drop(rendered.token, unwanted)
         except Exception:
             # the leases of these jobs run out and they are rendered again; the worker itself goes on
