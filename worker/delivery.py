@@ -173,7 +173,7 @@ class Delivery:
                     interrupted.append(job.id)
                 elif stored.error is not None:
                     failure, wait = failure_of(job.id, stored.error)
-                    failures.append((failure, job.attempt, wait))
+                    failures.append((failure, job.own_attempt, wait))
                 elif stored.result is None:
                     unwanted.append(job.id)
                 else:

@@ -42,6 +42,11 @@ class ClaimedJob:
     seed: int
     overrides: dict[str, Any] | None
 
+    @property
+    def own_attempt(self) -> int:
+        """Number of this attempt, without those that were lost with a worker: they are counted by themselves."""
+        return self.attempt - self.lost_count
+
 
 class Lease(NamedTuple):
     """The right to render a job: only a worker that holds it may end the attempt."""
