@@ -10,8 +10,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,7 +127,7 @@ def _roll(stage: Stage, dice: random.Random) -> Struck:
             if not post.leave(GRACE_SECONDS + 15):
                 stage.complaints.append(f"{post.name} does not end on SIGTERM")
             post.start()
-    return Struck()
+    return Struck(at=time.monotonic())
 
 
 # ---------------------------------------------------------------------------------------------------------- failpoints
@@ -136,12 +136,10 @@ def _roll(stage: Stage, dice: random.Random) -> Struck:
 def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: str, odds: str = "1/1") -> None:
     @_fault(f"failpoint: {point}={action}")
     def strike(stage: Stage, dice: random.Random) -> Struck:
-        with stage.one_of(choose(stage), dice) as post:
+        with stage.one_of(choose(stage), dice) as post, _leading(stage, post):
             post.leave(GRACE_SECONDS + 10)
             position = post.log_size()
             post.start(f"{point}={action}:{odds},seed={dice.randrange(1000)}")
-            if post in stage.keepers:
-                _let_lead(stage, post)
 
             def reached() -> bool:
                 post.children()
@@ -163,25 +161,27 @@ def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: st
             return struck
 
 
-def _let_lead(stage: Stage, keeper: Post) -> None:
-    """Send the other keepers away until this one leads: a keeper that stands by passes no failpoint."""
-    assert keeper.process is not None
-    others = [post for post in stage.keepers if post is not keeper]
-    for post in others:
-        post.leave(5)
-    wait_until(lambda: stage.leader_pid() is not None, 10)
-    for post in others:
-        post.start()
+@contextmanager
+def _leading(stage: Stage, post: Post) -> Iterator[None]:
+    """A keeper that stands by passes no failpoint: meanwhile the others are away."""
+    others = [keeper for keeper in stage.keepers if keeper is not post and post in stage.keepers]
+    for keeper in others:
+        keeper.leave(5)
+    try:
+        yield
+    finally:
+        for keeper in others:
+            keeper.start()
 
 
 _failpoint(lambda stage: stage.workers, "after_claim", "kill")
 _failpoint(lambda stage: stage.workers, "render_step", "kill", "1/2")
 _failpoint(lambda stage: stage.workers, "render_step", "hang", "1/2")
-_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/2")
+_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/4")
 _failpoint(lambda stage: stage.workers, "after_upload", "kill", "1/2")
 _failpoint(lambda stage: stage.workers, "after_result", "kill", "1/2")
-_failpoint(lambda stage: stage.apis, "before_bell", "kill", "1/2")
-_failpoint(lambda stage: stage.apis, "mid_copy", "kill", "1/2")
+_failpoint(lambda stage: stage.apis, "before_bell", "kill")
+_failpoint(lambda stage: stage.apis, "mid_copy", "kill")
 _failpoint(lambda stage: stage.keepers, "before_chore", "kill", "1/4")
 _failpoint(lambda stage: stage.keepers, "mid_fold", "kill")
 

@@ -287,15 +287,6 @@ class Stage:
         except Unavailable:
             return []
 
-    def leader_pid(self) -> int | None:
-        """The database's process that serves the keeper which leads."""
-        query = text("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
-        try:
-            with transaction(self.services.engine) as connection:
-                return connection.execute(query).scalars().first()
-        except Unavailable:
-            return None
-
     def bells(self) -> contextlib.closing:  # type: ignore[type-arg]
         """A client of Redis, to be closed."""
         return contextlib.closing(redis_client(self.settings, timeout_seconds=5))
