@@ -295,6 +295,18 @@ class Stage:
         """Let time pass; ends early when the stage is taken down."""
         self._closing.wait(seconds)
 
+    def wait_until(self, look: Callable[[], bool], seconds: float) -> bool:
+        """Look until it is true; False where it is not within `seconds` or the stage is taken down."""
+        deadline = time.monotonic() + seconds
+        while not look():
+            if time.monotonic() > deadline or self._closing.wait(0.05):
+                return False
+        return True
+
+    def abandon(self) -> None:
+        """No fault waits for anything any more."""
+        self._closing.set()
+
     def heal(self) -> None:
         """Everything runs and nothing is hindered any more."""
         self.proxy.fault = "none"
@@ -320,13 +332,3 @@ class Stage:
 
 def _mined(settings: Settings, failpoints: str) -> Settings:
     return settings.model_copy(update={"failpoints": failpoints}) if failpoints else settings
-
-
-def wait_until(look: Callable[[], bool], seconds: float) -> bool:
-    """Look until it is true; False where it is not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not look():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
