@@ -6,6 +6,7 @@ FarmError
 ├── InvalidInput           a request that can never be right; carries one `Fault` per field
 │   └── UnknownModel
 ├── Unauthenticated        no API key, or one that is not (or no longer) known
+├── Forbidden              a known key that may not do this
 ├── NotFound               no such thing for this tenant
 ├── Conflict               right in itself, but not in the present state
 │   ├── InProgress            an equal request is being handled right now
@@ -93,6 +94,12 @@ class Unauthenticated(FarmError):
     """This needs a valid API key, sent as `Authorization: Bearer imf_…`."""
 
     code = "unauthenticated"
+
+
+class Forbidden(FarmError):
+    """This needs an operator's key."""
+
+    code = "forbidden"
 
 
 class NotFound(FarmError):

@@ -25,8 +25,10 @@ from shared.models import Batch
 from shared.services import Services
 from worker.backends import Backend, Rendered
 from worker.batching import PassSizes, Task, passes, spec_of
+from worker.breaker import Breaker
 from worker.delivery import Delivery, RenderedPass
 from worker.leases import Leases
+from worker.rates import Rates
 from worker.report import Reporter, failure_of
 from worker.residency import Residency
 
@@ -61,16 +63,23 @@ class Executor:
         self._leases = Leases(services, models)
         self._reporter = Reporter(services, self._leases, self._stopping)
         self._residency = Residency(services)
-        self._delivery = Delivery(services, self._leases, self._reporter, self._stopping)
+        self._breaker = Breaker(services.settings)
+        self._rates = Rates()
+        self._delivery = Delivery(services, self._leases, self._reporter, self._breaker, self._stopping)
         self._sizes = PassSizes()
         self._shared: dict[int, dict[str, Any]] = {}
         self._current: str | None = None
         self._current_since = 0.0
         self._doubtful: tuple[str, uuid.UUID] | None = None
 
+    @property
+    def worker_id(self) -> str:
+        """The id under which this worker claims."""
+        return self._leases.worker_id
+
     def start(self) -> None:
         """Register this worker and begin its heartbeats."""
-        self._leases.start(self._residency.names)
+        self._leases.start(self._residency.names, self._rates.view, self._breaker.view)
 
     def stop_soon(self) -> None:
         """Claim nothing more. A pass that is still running after the grace period is interrupted and released."""
@@ -92,6 +101,10 @@ class Executor:
         quiet_since: float | None = None
         passed_on = False
         while not self._stopping.is_set():
+            if self._leases.draining:
+                quiet_since = None
+                self._stopping.wait(self._services.settings.linger_poll_seconds)
+                continue
             try:
                 claim = self._claim()
             except Unavailable as error:
@@ -119,8 +132,11 @@ class Executor:
         if self._doubtful is not None:
             return self._recover_claim(*self._doubtful)
         overdue = time.monotonic() - self._current_since > self._services.settings.affinity_seconds
-        if self._current in self._models and not overdue and (claim := self._claim_of(str(self._current))):
-            return claim
+        current = self._current
+        if current in self._models and not overdue and not self._breaker.rests(str(current)):
+            claim = self._claim_of(str(current))
+            if claim is not None:
+                return claim
         for model in self._models_with_work():
             if claim := self._claim_of(model):
                 if model != self._current or overdue:
@@ -136,7 +152,8 @@ class Executor:
         with transaction(self._services.engine) as connection:
             found = set(connection.execute(_WITH_WORK, {"models": self._models}).scalars())
         start = self._models.index(self._current) + 1 if self._current in self._models else 0
-        return [model for model in self._models[start:] + self._models[:start] if model in found]
+        in_turn = self._models[start:] + self._models[:start]
+        return [model for model in in_turn if model in found and not self._breaker.rests(model)]
 
     def _claim_of(self, model: str) -> _Claim | None:
         token = uuid.uuid4()
@@ -148,7 +165,7 @@ class Executor:
                     worker=self._leases.worker_id,
                     token=token,
                     lease_seconds=self._services.settings.lease_seconds,
-                    limit=self._services.catalogue[model].max_batch,
+                    limit=1 if self._breaker.tries(model) else self._services.catalogue[model].max_batch,
                 )
         except Unavailable:
             # the commit may have happened although its answer did not arrive
@@ -168,8 +185,10 @@ class Executor:
         """Render what was claimed, pass by pass. Each job leaves through delivery or through a report."""
         self._leases.hold(claim.token, [job.id for job in claim.jobs])
         unwanted = [job.id for job in claim.jobs if job.cancel_requested]
+        paused = [job.id for job in claim.jobs if job.paused and not job.cancel_requested]
         self._reporter.drop(claim.token, unwanted)
-        waiting = {job.id: job for job in claim.jobs if not job.cancel_requested}
+        self._reporter.release(claim.token, paused, "its batch, tenant or model is paused")
+        waiting = {job.id: job for job in claim.jobs if not job.cancel_requested and not job.paused}
         try:
             engine = self._engine(claim.model) if waiting else None
             tasks = self._tasks(claim, waiting)
@@ -181,7 +200,7 @@ class Executor:
             self._stop_serving(claim, error, list(waiting))
         except (Interrupted, Unavailable) as error:
             logger.warning("%d job(s) go back to the queue: %s", len(waiting), error)
-            self._reporter.release(claim.token, list(waiting))
+            self._reporter.release(claim.token, list(waiting), str(error))
         except Exception as error:
             logger.exception("a claim failed")
             self._give_up(claim, list(waiting.values()), error)
@@ -264,7 +283,9 @@ class Executor:
         started = time.monotonic()
         with self._leases.watched(self._longest_silence(claim.model)):
             pictures = engine.render([task.spec for task in tasks], on_step)
-        return pictures, time.monotonic() - started
+        seconds = time.monotonic() - started
+        self._rates.note(claim.model, len(tasks), sum(task.spec.work for task in tasks), seconds)
+        return pictures, seconds
 
     def _longest_silence(self, model: str) -> float:
         """Seconds between two steps after which the device counts as hung; a vendor may use its own time-out too."""
@@ -286,6 +307,8 @@ class Executor:
         if failures:
             self._leases.report_error(f"{claim.model}: {failures[0][0].error_class}: {failures[0][0].detail}")
             self._reporter.give_up(claim.token, failures)
+        for failure, _, _ in failures:
+            self._breaker.failed(claim.model, failure.outcome, failure.error_class)
 
     def _stop_serving(self, claim: _Claim, error: Permanent, job_ids: Sequence[int]) -> None:
         """The model cannot be loaded here: an operator's matter that burns no job. Other workers may have it."""
@@ -293,4 +316,4 @@ class Executor:
         self._leases.report_error(f"not serving {claim.model}: {error}")
         self._models.remove(claim.model)
         self._leases.serve(self._models)
-        self._reporter.release(claim.token, job_ids)
+        self._reporter.release(claim.token, job_ids, f"this worker cannot serve the model: {error}")

@@ -47,6 +47,11 @@ def view(services: Services, tenant: TenantIdentity, batch: uuid.UUID) -> BatchV
         return progress.batch(connection, tenant.id, batch)
 
 
+def workers(services: Services) -> list[progress.WorkerView]:
+    with transaction(services.engine) as connection:
+        return progress.workers(connection, lease_seconds=60)
+
+
 def finished(services: Services, tenant: TenantIdentity, batch: uuid.UUID, seconds: float = 45.0) -> BatchView:
     wait_for(lambda: view(services, tenant, batch).open == 0, seconds, "the end of the batch")
     return view(services, tenant, batch)
@@ -179,13 +184,14 @@ def test_workers_on_two_hosts_share_a_batch_with_only_urls_in_common(
     homes = [tmp_path / "host-a", tmp_path / "host-b"]
     for home in homes:
         home.mkdir()
-    batch = submit_fake(services, tenant, 200, step_seconds=0.2, width=16, height=16)
     with (
         celery_worker(quick, tmp_path / "a.log", "fake", cwd=homes[0], HOME=str(homes[0])),
         celery_worker(quick, tmp_path / "b.log", "fake", cwd=homes[1], HOME=str(homes[1])),
         keeper(quick, tmp_path / "keeper.log"),
     ):
-        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 200
+        wait_for(lambda: len(workers(services)) == 2, what="both workers")
+        batch = submit_fake(services, tenant, 400, step_seconds=0.3, width=16, height=16)
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 400
     assert_every_image_once(services)
     with transaction(services.engine) as connection:
         by_worker = connection.execute(select(Attempt.worker_id, func.count()).group_by(Attempt.worker_id)).all()
