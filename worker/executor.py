@@ -26,6 +26,7 @@ from shared.services import Services
 from worker.backends import Backend, Rendered
 from worker.batching import PassSizes, Task, passes, spec_of
 from worker.delivery import Delivery, RenderedPass
+from worker.floors import Floors
 from worker.leases import Leases
 from worker.report import Reporter, failure_of
 from worker.residency import Residency
@@ -63,6 +64,7 @@ class Executor:
         self._residency = Residency(services)
         self._delivery = Delivery(services, self._leases, self._reporter, self._stopping)
         self._sizes = PassSizes()
+        self._floors = Floors()
         self._shared: dict[int, dict[str, Any]] = {}
         self._current: str | None = None
         self._current_since = 0.0
@@ -142,7 +144,7 @@ class Executor:
         token = uuid.uuid4()
         try:
             with transaction(self._services.engine) as connection:
-                jobs = lifecycle.claim(
+                jobs = self._floors.claim(
                     connection,
                     model,
                     worker=self._leases.worker_id,
