@@ -147,7 +147,7 @@ def _at_once(claimers: list[Callable[[Claims], object]], over: Callable[[], bool
 
 
 def _held(services: Services, seconds: float) -> tuple[Claims, Claims, Claims]:
-    """Claims of four workers, flat out, as executors make them; in turn with them, a few without floor and of passes."""
+    """Claims of four workers, flat out, as executors make them; between, a few without the floor, and of passes."""
     held, without, passes = Claims(), Claims(), Claims()
     floors = Floors()
     workers = [partial(Claims.claim, services=services, floors=Floors()) for _ in range(HELD_CLAIMERS)]

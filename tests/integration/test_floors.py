@@ -97,9 +97,9 @@ def test_mates_are_looked_for_among_mates_alone(services: Services, tenant: Tena
     add(services, tenant, 20_000)
     rare = add(services, tenant, 1, width=128)
     values = {"model": "fake", "worker": "w", "token": uuid.uuid4(), "lease": 60.0, "mates": 7, "shard": 0}
-    values |= {"floor_priority": -1, "floor_vt": -1.0, "floor_id": 0}
+    values |= {"floor_priority": -1, "floor_vt": -2.0, "floor_id": 0}
     with transaction(services.engine) as connection:
-        connection.execute(update(Job).where(Job.batch_id == rare).values(vt=0.0))
+        connection.execute(update(Job).where(Job.batch_id == rare).values(vt=-1.0))
         connection.execute(text("ANALYZE job"))
         connection.execute(text(f"SET LOCAL plan_cache_mode = {mode}"))
         lines = (
