@@ -27,6 +27,7 @@ from worker.backends import Backend, Rendered
 from worker.batching import PassSizes, Task, passes, spec_of
 from worker.breaker import Breaker
 from worker.delivery import Delivery, RenderedPass
+from worker.floors import Floors
 from worker.leases import Leases
 from worker.rates import Rates
 from worker.report import Reporter, failure_of
@@ -67,6 +68,7 @@ class Executor:
         self._rates = Rates()
         self._delivery = Delivery(services, self._leases, self._reporter, self._breaker, self._stopping)
         self._sizes = PassSizes()
+        self._floors = Floors()
         self._shared: dict[int, dict[str, Any]] = {}
         self._current: str | None = None
         self._current_since = 0.0
@@ -159,7 +161,7 @@ class Executor:
         token = uuid.uuid4()
         try:
             with transaction(self._services.engine) as connection:
-                jobs = lifecycle.claim(
+                jobs = self._floors.claim(
                     connection,
                     model,
                     worker=self._leases.worker_id,

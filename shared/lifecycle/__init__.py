@@ -9,6 +9,7 @@ Every function takes an open connection and leaves the transaction to its caller
 
 from __future__ import annotations
 
+import math
 import random
 import uuid
 from collections.abc import Collection, Sequence
@@ -26,6 +27,18 @@ SHARDS = 16
 CHUNK = 5_000
 
 
+class Position(NamedTuple):
+    """A place in the queue of a model, in claim order."""
+
+    priority: int
+    vt: float
+    id: int
+
+
+#: before every job
+_BEGINNING = Position(-1, -math.inf, 0)
+
+
 @dataclass(frozen=True)
 class ClaimedJob:
     """A job that is now ours, with what is needed to render and store it."""
@@ -35,6 +48,8 @@ class ClaimedJob:
     idx: int
     tenant_id: int
     model: str
+    priority: int
+    vt: float
     attempt: int
     lost_count: int
     cancel_requested: bool
@@ -45,6 +60,10 @@ class ClaimedJob:
     prompt: str
     seed: int
     overrides: dict[str, Any] | None
+
+    @property
+    def position(self) -> Position:
+        return Position(self.priority, self.vt, self.id)
 
 
 class Lease(NamedTuple):
@@ -80,19 +99,31 @@ def _shard() -> int:
 
 
 def claim(
-    connection: Connection, model: str, *, worker: str, token: uuid.UUID, lease_seconds: float, limit: int
+    connection: Connection,
+    model: str,
+    *,
+    worker: str,
+    token: uuid.UUID,
+    lease_seconds: float,
+    limit: int,
+    floor: Position | None = None,
 ) -> list[ClaimedJob]:
     """Lease the head job of a model's queue and up to `limit - 1` jobs of the same batch key, in claim order.
 
     `token` is drawn by the caller, who can therefore find the claim again (`claimed`) when the answer to the commit
-    was lost. A job without a batch key is claimed alone.
+    was lost. A job without a batch key is claimed alone. Jobs before `floor` are not looked at, which spares the walk
+    over claimed rows that PostgreSQL cannot remove yet (`worker.floors`).
     """
+    floor = floor or _BEGINNING
     values = {
         "model": model,
         "worker": worker,
         "token": token,
         "lease": lease_seconds,
         "mates": limit - 1,
+        "floor_priority": floor.priority,
+        "floor_vt": floor.vt,
+        "floor_id": floor.id,
         "shard": _shard(),
     }
     return [ClaimedJob(*row) for row in connection.execute(statements.CLAIM, values)]

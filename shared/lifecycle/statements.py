@@ -51,7 +51,7 @@ _ENDED = "lease_token = NULL, lease_expires_at = NULL"
 PAUSED = "(b.paused_at IS NOT NULL OR t.paused_at IS NOT NULL OR m.paused_at IS NOT NULL)"
 
 _CLAIMED = f"""
-SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.attempt, j.lost_count,
+SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.priority, j.vt, j.attempt, j.lost_count,
        j.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, {PAUSED} AS paused,
        t.max_in_flight IS NOT NULL AS capped, j.prompt, j.seed, j.overrides"""
 
@@ -59,13 +59,19 @@ _OF_A_BATCH = "JOIN tenant t ON t.id = b.tenant_id LEFT JOIN model_control m ON 
 
 CLAIM = text(f"""
 WITH head AS MATERIALIZED (
-    SELECT id, batch_key FROM job WHERE {_leaves("claim")} AND model = :model
+    SELECT id, batch_key, priority, vt FROM job
+    WHERE {_leaves("claim")} AND model = :model
+      AND (priority, vt, id)
+        >= (CAST(:floor_priority AS smallint), CAST(:floor_vt AS float8), CAST(:floor_id AS bigint))
     ORDER BY priority, vt, id LIMIT 1 FOR UPDATE SKIP LOCKED),
   mates AS MATERIALIZED (
     SELECT id FROM job
-    WHERE {_leaves("claim")} AND model = :model AND batch_key = (SELECT batch_key FROM head)
-      AND id <> (SELECT id FROM head)
-    ORDER BY priority, vt, id LIMIT :mates FOR UPDATE SKIP LOCKED),
+    WHERE {_leaves("claim")} AND model = :model AND batch_key <= (SELECT batch_key FROM head)
+      -- from the head on: what is before it is locked or done, and what is done may still stand in the index
+      AND (batch_key, priority, vt, id) > ((SELECT batch_key FROM head), (SELECT priority FROM head),
+                                           (SELECT vt FROM head), (SELECT id FROM head))
+    -- a range in this order and not "batch_key = …", for which the planner may walk the whole queue by ix_job_claim
+    ORDER BY batch_key, priority, vt, id LIMIT :mates FOR UPDATE SKIP LOCKED),
   picked AS MATERIALIZED (SELECT id FROM head UNION ALL SELECT id FROM mates),
   moved AS (
     UPDATE job j
