@@ -178,6 +178,43 @@ def test_a_worker_that_starts_before_its_storage_works_as_soon_as_it_is_there(
         assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 3
 
 
+def test_the_parent_ends_the_leases_of_a_dead_child_at_once(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    # without a keeper and with a lease that outlasts the test, only the parent can have noticed
+    patient = quick.model_copy(update={"lease_seconds": 600.0})
+    with celery_worker(patient, tmp_path / "worker.log", "fake") as worker:
+        batch = submit_fake(services, tenant, 20, step_seconds=0.1, num_inference_steps=5)
+        wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the first claim")
+        [before] = workers(services)
+        os.kill(int(children_of(worker.pid)[0]), signal.SIGKILL)
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 20
+        [after] = workers(services)
+        assert after.id != before.id, "the dead one is not listed any more"
+    assert_every_image_once(services)
+
+
+def test_storage_trouble_burns_no_attempt_even_where_the_worker_must_stop(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    folder = Path(urlsplit(quick.storage_url).path)
+    with celery_worker(quick, tmp_path / "worker.log", "fake") as worker:
+        finished(services, tenant, submit_fake(services, tenant, 1))
+        aside = folder.rename(folder.with_name("aside"))
+        folder.write_text("in the way")
+        batch = submit_fake(services, tenant, 5)
+        wait_for(lambda: "upload failed" in worker.text(), what="an upload that fails")
+        worker.popen.terminate()
+        assert worker.popen.wait(30) == 0
+    assert view(services, tenant, batch).counts[State.QUEUED] == 5
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(func.max(Job.attempt)).where(Job.state == State.QUEUED)).scalar_one() == 0
+    folder.unlink()
+    aside.rename(folder)
+    with celery_worker(quick, tmp_path / "other.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 5
+
+
 def test_workers_on_two_hosts_share_a_batch_with_only_urls_in_common(
     services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
 ) -> None:

@@ -10,7 +10,9 @@ import logging
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER
@@ -18,7 +20,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER
 from shared.database import transaction
 from shared.keys import ROOT, place_of, thumbnail_key
 from shared.services import Services
-from shared.storage import ObjectInfo
+from shared.storage import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -32,35 +34,40 @@ JOIN job j ON j.batch_id = place.batch_id AND j.idx = place.idx WHERE j.result_k
 
 
 class _Walk:
-    """Where the walk through the storage stands. It begins anew when the keeper does."""
+    """Where the walk through a storage stands. It begins anew when the keeper does."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._objects: Iterator[ObjectInfo] | None = None
         self._next_at = 0.0
 
-    def step(self, services: Services) -> list[ObjectInfo]:
+    def step(self, pause_seconds: float) -> list[ObjectInfo]:
         """The next objects to look at; none while it is not yet time for another walk."""
         if self._objects is None:
             if time.monotonic() < self._next_at:
                 return []
-            self._objects = services.storage.list(ROOT)
+            self._objects = self._storage.list(ROOT)
         try:
             found = list(islice(self._objects, _AT_A_TIME))
         except Exception:
             self._objects = None
             raise
         if len(found) < _AT_A_TIME:
-            self._objects, self._next_at = None, time.monotonic() + services.settings.sweep_seconds
+            self._objects, self._next_at = None, time.monotonic() + pause_seconds
         return found
 
 
-_walk = _Walk()
+@lru_cache(maxsize=8)
+def _walk_of(storage: Any) -> _Walk:
+    return _Walk(storage)
 
 
 def run(services: Services) -> int:
     """Look at some objects and delete the orphans among them."""
     oldest = datetime.now(UTC) - timedelta(seconds=services.settings.orphan_grace_seconds)
-    old = [info.key for info in _walk.step(services) if info.modified_at < oldest]
+    storage: Any = services.storage
+    objects = _walk_of(storage).step(services.settings.sweep_seconds)
+    old = [info.key for info in objects if info.modified_at < oldest]
     places = {place for key in old if (place := place_of(key))}
     if not places:
         return 0
