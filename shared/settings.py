@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared import failpoints
 from shared.errors import SettingsError
 
 S = TypeVar("S", bound=BaseSettings)
@@ -43,6 +44,11 @@ def _listen(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("expected HOST:PORT, such as 127.0.0.1:8000")
+    return value
+
+
+def _failpoints(value: str) -> str:
+    failpoints.parse(value)
     return value
 
 
@@ -133,6 +139,9 @@ class Settings(BaseSettings):
     worker_models: str = ""
     #: seconds that a worker stays with one model while other models have work
     affinity_seconds: float = Field(30.0, ge=0)
+
+    #: places where this process breaks on purpose, for chaos runs only (`shared/failpoints.py`)
+    failpoints: Annotated[str, AfterValidator(_failpoints)] = ""
 
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 

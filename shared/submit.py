@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
 
-from shared import fairness, lifecycle
+from shared import failpoints, fairness, lifecycle
 from shared.database import transaction
 from shared.errors import Fault, InProgress, InvalidInput
 from shared.models import Batch, BatchCounter, IdempotencyKey
@@ -110,6 +110,7 @@ def submit(
             if idempotency and (earlier := _replay(connection, tenant.id, idempotency)):
                 return earlier
         raise InProgress from taken
+    failpoints.hit("before_bell")
     services.bell.ring([model], wanted=plan.job_count)
     return Submitted(public_id, replayed=False)
 
@@ -132,6 +133,7 @@ def _copy_jobs(
     with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
         for block in _blocks(plan, batch_id, tenant, priority, vt, state):
             copy.write(block)
+            failpoints.hit("mid_copy")
 
 
 def _blocks(

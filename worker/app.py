@@ -59,6 +59,8 @@ def make_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # what Redis refuses (it is full, read-only, loading) passes like an outage: connect anew, do not end
+        broker_channel_error_retry=True,
         broker_transport_options={
             "visibility_timeout": 3600,
             "socket_timeout": 5,

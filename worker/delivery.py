@@ -18,6 +18,7 @@ from itertools import chain
 
 import tenacity
 
+from shared import failpoints
 from shared.catalogue import ModelEntry
 from shared.errors import Canceled, Interrupted, StorageError
 from shared.keys import image_key, thumbnail_key
@@ -128,6 +129,7 @@ class Delivery:
         if encoded.thumbnail is not None:
             self._put(lease, thumbnail_key(key), encoded.thumbnail, "image/webp")
         self._put(lease, key, encoded.data, encoded.content_type)
+        failpoints.hit("after_upload")
         size = len(rendered.tasks)
         facts = {
             "width": picture.image.width,

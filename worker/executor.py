@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy import bindparam, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
-from shared import lifecycle
+from shared import failpoints, lifecycle
 from shared.database import transaction
 from shared.errors import Canceled, Interrupted, OutOfMemory, Permanent, Unavailable
 from shared.lifecycle import ClaimedJob
@@ -173,6 +173,7 @@ class Executor:
             # the commit may have happened although its answer did not arrive
             self._doubtful = (model, token)
             raise
+        failpoints.hit("after_claim")
         return _Claim(token, model, jobs) if jobs else None
 
     def _recover_claim(self, model: str, token: uuid.UUID) -> _Claim | None:
@@ -251,6 +252,9 @@ class Executor:
         self._drop(claim, unwanted, waiting)
         if not tasks:
             return
+        if any(task.job.lost_count for task in tasks):
+            # it may take this process down, and shall not take images along that are rendered but not recorded yet
+            self._delivery.flush()
         try:
             pictures, seconds = self._pass(engine, claim, tasks)
         except Interrupted:
@@ -277,6 +281,7 @@ class Executor:
     def _pass(self, engine: Backend, claim: _Claim, tasks: Sequence[Task]) -> tuple[list[Rendered], float]:
         def on_step(done: int, total: int) -> None:
             self._leases.progress()
+            failpoints.hit("render_step")
             if time.monotonic() > self._interrupt_at:
                 raise Interrupted
             if not any(self._leases.is_wanted(claim.token, task.job.id) for task in tasks):

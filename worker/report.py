@@ -17,7 +17,7 @@ from typing import TypeVar
 import tenacity
 from sqlalchemy import Connection
 
-from shared import lifecycle
+from shared import failpoints, lifecycle
 from shared.database import storable, transaction
 from shared.errors import FarmError, Permanent, RenderError, StorageError, Unavailable
 from shared.lifecycle import Failure, Result
@@ -46,6 +46,7 @@ class Reporter:
         ids = [result.job_id for result in results]
         with self._ending(token, ids):
             accepted = self._persist(lambda connection: lifecycle.succeed(connection, token, results))
+            failpoints.hit("after_result")
             self._leases.count(len(accepted or ()))
             if accepted is not None and (refused := set(ids) - accepted):
                 dropped = self._persist(lambda connection: lifecycle.drop(connection, token, sorted(refused))) or set()

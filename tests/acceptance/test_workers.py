@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from imagefarm.embedded import EmbeddedRedis
 from shared import progress
@@ -21,7 +21,7 @@ from shared.database import transaction
 from shared.models import Attempt, Job
 from shared.plan import plan
 from shared.progress import BatchView
-from shared.queue import Bell
+from shared.queue import Bell, drain_message, queue_name, redis_client
 from shared.services import Services, open_services
 from shared.settings import Settings
 from shared.states import Outcome, State
@@ -252,6 +252,33 @@ def test_a_dead_redis_does_not_stop_a_running_farm(
     assert_every_image_once(services)
 
 
+def test_a_full_redis_ends_no_worker(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as broker:
+        redis_url = quick.redis_url.__class__(broker.url)
+        own = quick.model_copy(update={"redis_url": redis_url, "linger_seconds": 0.1})
+        bell = Bell(own)
+        with (
+            celery_worker(own, tmp_path / "worker.log", "fake") as worker,
+            redis_client(own, timeout_seconds=5) as client,
+        ):
+            first = submit_fake(services, tenant, 1)
+            bell.ring(["fake"], wanted=1)
+            finished(services, tenant, first)
+            # a bell that the worker gets and cannot note as received
+            with client.pipeline() as together:
+                together.lpush(queue_name("fake"), drain_message("fake"))
+                together.config_set("maxmemory", 1)
+                together.execute()
+            wait_for(lambda: "command not allowed" in worker.text(), what="the worker's complaint")
+            client.config_set("maxmemory", 0)
+            second = submit_fake(services, tenant, 5)
+            wait_for(lambda: bell.ring(["fake"]), what="a Redis that takes bells")
+            assert finished(services, tenant, second).counts[State.SUCCEEDED] == 5
+            assert worker.popen.poll() is None
+
+
 def test_two_keepers_at_once_are_harmless(
     services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
 ) -> None:
@@ -280,6 +307,21 @@ def test_a_hung_device_ends_its_worker(
         assert "the device hangs" in worker.text()
     with transaction(services.engine) as connection:
         assert connection.execute(select(Job.error_class, Job.lost_count)).one() == ("poison", 3)
+
+
+def test_a_job_that_kills_workers_takes_no_rendered_image_along(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    # an image whose encoding takes longer than the claim and the crash of the job that follows it
+    jobs = [{"prompt": "large", "width": 2048, "height": 2048}, {"prompt": "x", "fault": "crash"}]
+    planned = plan(services.catalogue["fake"], {}, jobs=jobs, max_jobs=2)
+    batch = submit(services, tenant, planned).public_id
+    with transaction(services.engine) as connection:
+        # both were lost before, as two mates of a pass that killed its worker are
+        connection.execute(update(Job).values(lost_count=2, batch_key=None))
+    with celery_worker(quick, tmp_path / "worker.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
+        done = finished(services, tenant, batch)
+    assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (1, 1)
 
 
 def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, settings: Settings) -> None:
