@@ -238,8 +238,8 @@ def diffusion(subjects: dict[str, Subject], open_model: Callable[[ModelEntry], B
     return open_model(subjects["stable_diffusion"].entry)
 
 
-#: of another family than this pipeline, or in need of an optional package
-_NOT_HERE = {"flow_euler", "lms", "lcm", "tcd"}
+#: of another family than this pipeline
+_NOT_HERE = {"flow_euler", "lcm", "tcd"}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - _NOT_HERE))

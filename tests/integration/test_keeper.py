@@ -108,7 +108,7 @@ def test_a_closed_batch_opens_again_when_its_jobs_are_resubmitted(services: Serv
     assert fold.run(services) == 0
 
 
-def test_a_half_done_cancelation_is_finished(services: Services, tenant: TenantIdentity) -> None:
+def test_a_half_done_cancellation_is_finished(services: Services, tenant: TenantIdentity) -> None:
     submit_jobs(services, tenant, 4)
     with transaction(services.engine) as connection:
         connection.execute(update(Batch).values(cancel_requested_at=func.clock_timestamp()))

@@ -1,4 +1,4 @@
-"""Finishes the cancelation of batches that are too large for one request, or whose API process died half-way."""
+"""Finishes the cancellation of batches that are too large for one request, or whose API process died half-way."""
 
 import time
 
