@@ -23,6 +23,7 @@ FarmError
 ├── RenderError            how an attempt ended; `outcome` selects the policy
 │   ├── Transient          (retry_after)
 │   ├── OutOfMemory
+│   ├── DeviceLost         the process must end
 │   ├── Permanent          (code)
 │   └── OverBudget
 └── Stopped                raised by `on_step` to leave a running pass
@@ -203,6 +204,13 @@ class OutOfMemory(RenderError):
 
     code = "out-of-memory"
     outcome = Outcome.RESOURCE
+
+
+class DeviceLost(RenderError):
+    """The device is in a state from which this process cannot bring it back."""
+
+    code = "device-lost"
+    outcome = Outcome.WORKER_LOST
 
 
 class Permanent(RenderError):

@@ -6,12 +6,13 @@ Nothing here has a time budget: Redis only wakes idle workers, so a running farm
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from sqlalchemy import bindparam, select, text
@@ -19,7 +20,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from shared import failpoints, lifecycle
 from shared.database import transaction
-from shared.errors import Canceled, Interrupted, OutOfMemory, Permanent, Unavailable
+from shared.errors import Canceled, DeviceLost, Interrupted, OutOfMemory, Permanent, Unavailable
 from shared.lifecycle import ClaimedJob
 from shared.models import Batch
 from shared.services import Services
@@ -35,6 +36,8 @@ from worker.residency import Residency
 
 logger = logging.getLogger(__name__)
 
+#: exit status of a worker whose device must be given up by its process
+EXIT_DEVICE_LOST = 70
 #: batches whose shared parameters are remembered
 _REMEMBERED_BATCHES = 1000
 
@@ -259,6 +262,8 @@ class Executor:
             pictures, seconds = self._pass(engine, claim, tasks)
         except Interrupted:
             raise
+        except DeviceLost as error:
+            self._end_process(error)
         except Canceled:
             self._drop(claim, tasks, waiting)
         except Exception as error:
@@ -293,6 +298,15 @@ class Executor:
         seconds = time.monotonic() - started
         self._rates.note(claim.model, len(tasks), sum(task.spec.work for task in tasks), seconds)
         return pictures, seconds
+
+    def _end_process(self, error: DeviceLost) -> NoReturn:
+        """A CUDA error of this kind stays for as long as the process lives; a fresh one can use the device again.
+
+        The parent sees the end of this process, gives its jobs back as lost, and starts the next.
+        """
+        logger.critical("%s; this worker process ends now", error)
+        self._delivery.flush()
+        os._exit(EXIT_DEVICE_LOST)
 
     def _longest_silence(self, model: str) -> float:
         """Seconds between two steps after which the device counts as hung; a vendor may use its own time-out too."""

@@ -324,6 +324,20 @@ def test_a_job_that_kills_workers_takes_no_rendered_image_along(
     assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (1, 1)
 
 
+def test_a_lost_device_ends_its_process_and_the_next_one_goes_on(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    jobs = [{"prompt": "x", "fault": "device_lost"}, *[{"prompt": "y"}] * 5]
+    planned = plan(services.catalogue["fake"], {}, jobs=jobs, max_jobs=10)
+    batch = submit(services, tenant, planned).public_id
+    with celery_worker(quick, tmp_path / "worker.log", "fake") as worker, keeper(quick, tmp_path / "k.log"):
+        done = finished(services, tenant, batch)
+        assert "this job asks to lose the device; this worker process ends now" in worker.text()
+    assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (5, 1)
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Job.error_class).where(Job.state == State.FAILED)).scalar_one() == "poison"
+
+
 def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, settings: Settings) -> None:
     broken = settings.model_copy(update={"storage_url": "ftp://x"})
     with Process([sys.executable, "-m", "celery", "-A", "worker.app", "worker"], broken, tmp_path / "w.log") as worker:

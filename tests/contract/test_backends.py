@@ -257,6 +257,15 @@ def test_a_scheduler_that_does_not_fit_is_refused(diffusion: Backend, subjects: 
     assert caught.value.reason == "unsupported_parameter"
 
 
+def test_a_network_that_overflows_gives_no_image(diffusion: Backend, subjects: dict[str, Subject]) -> None:
+    pipeline: Any = vars(diffusion)["_pipeline"]
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match="invalid value"), pytest.raises(Permanent) as caught:
+        render(diffusion, specs(subjects["stable_diffusion"], 1))
+    assert caught.value.reason == "invalid_image"
+
+
 def test_every_scheduler_of_the_spec_is_known_to_the_engine() -> None:
     from typing import get_args
 
