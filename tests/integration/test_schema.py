@@ -87,7 +87,7 @@ def test_a_database_that_is_away_is_said_so(redis_url: str) -> None:
 
 
 def test_old_processes_live_on_the_new_schema(empty_engine: Engine) -> None:
-    """A rolling upgrade migrates first: what an older version reads is still there, what it does not write is optional."""
+    """A rolling upgrade migrates first: what older versions read is still there, what they do not write is optional."""
 
     def columns() -> dict[tuple[str, str], bool]:
         """Whether a row can do without it, by table and column."""
