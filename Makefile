@@ -7,9 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 ROWS ?=
+JOBS ?= 2000
+FAULTS ?= 100
+SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check bench clean
+.PHONY: help demo up test check bench chaos clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -31,6 +34,9 @@ check: $(VENV)/.test  ## linters, types and import rules only
 
 bench: $(VENV)/.test  ## measure beside the baselines: make bench ROWS=a5,c (all rows without ROWS)
 	$(BIN)/python -m benchmarks $(ROWS)
+
+chaos: $(VENV)/.test  ## kill everything at random and prove that no job is lost: make chaos JOBS=2000 FAULTS=100 SEED=1
+	$(BIN)/python -m tests.chaos --jobs $(JOBS) --faults $(FAULTS) --seed $(SEED)
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from sqlalchemy import create_engine, make_url, text
@@ -49,14 +50,22 @@ class RunningFarm:
 
 
 @contextmanager
-def running_farm(*models: str, objects: Path | None = None, catalogue: str | None = None) -> Iterator[RunningFarm]:
+def running_farm(
+    *models: str,
+    objects: Path | None = None,
+    catalogue: str | None = None,
+    redis: EmbeddedRedis | None = None,
+    **changes: Any,
+) -> Iterator[RunningFarm]:
     """API, keeper and one worker for `models` (none without), on an empty database; ended with the block.
 
-    Images go to the folder `objects`, by default one on the machine's disk. `catalogue` is the text of another one.
+    Images go to the folder `objects`, by default one on the machine's disk. `catalogue` is the text of another one,
+    `redis` a server of the caller's, and `changes` are settings.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagefarm-bench-")))
-        settings = stack.enter_context(_settings(folder, objects or folder / "objects"))
+        settings = stack.enter_context(_settings(folder, objects or folder / "objects", redis))
+        settings = settings.model_copy(update=changes)
         if catalogue:
             (folder / "catalogue.toml").write_text(catalogue)
             settings = settings.model_copy(update={"catalogue": folder / "catalogue.toml"})
@@ -104,13 +113,14 @@ def _migrated(settings: Settings, pool_size: int = 5) -> Iterator[Services]:
 
 
 @contextmanager
-def _settings(folder: Path, objects: Path) -> Iterator[Settings]:
+def _settings(folder: Path, objects: Path, redis: EmbeddedRedis | None = None) -> Iterator[Settings]:
     with ExitStack() as stack:
         if database_url := os.environ.get("DATABASE_URL"):
             database_url = stack.enter_context(_own_database(database_url))
         else:
             database_url = stack.enter_context(EmbeddedPostgres(folder / "postgres")).url
-        redis_url = os.environ.get("REDIS_URL") or stack.enter_context(EmbeddedRedis(folder / "redis")).url
+        redis_url = redis.url if redis else os.environ.get("REDIS_URL")
+        redis_url = redis_url or stack.enter_context(EmbeddedRedis(folder / "redis")).url
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         yield load_settings(

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from sqlalchemy import Engine
 
+from shared import failpoints
 from shared.catalogue import Catalogue, load_catalogue
 from shared.database import open_engine
 from shared.queue import Bell
@@ -34,6 +35,7 @@ def open_services(application_name: str, settings: Settings | None = None, pool_
     Raises `SettingsError` or `CatalogueError`. `application_name` is what PostgreSQL shows for our connections.
     """
     settings = settings or load_settings()
+    failpoints.arm(settings.failpoints)
     return Services(
         settings=settings,
         catalogue=load_catalogue(settings.catalogue),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from shared.lifecycle import statements
-from shared.states import POLICY, Outcome, State
+from shared.states import POLICY, Outcome, Priority, State
 
 #: counter rows of one batch, so that finishing workers seldom meet
 SHARDS = 16
@@ -53,6 +53,10 @@ class ClaimedJob:
     attempt: int
     lost_count: int
     cancel_requested: bool
+    #: its batch, tenant or model is: to be released, which sets it aside
+    paused: bool
+    #: its tenant has a cap: when it ends, another one may be admitted
+    capped: bool
     prompt: str
     seed: int
     overrides: dict[str, Any] | None
@@ -196,14 +200,15 @@ def retry(connection: Connection, token: uuid.UUID, failures: Sequence[Failure],
     return _give_up(connection, statements.RETRY, token, failures, delays)
 
 
-def release(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
-    """Put these jobs back as if they had not been claimed: the attempt does not count. A canceled one ends."""
-    return _give_up(
-        connection,
-        statements.RELEASE,
-        token,
-        [Failure(i, Outcome.INTERRUPTED, "interrupted", "the worker stopped") for i in ids],
-    )
+def release(
+    connection: Connection, token: uuid.UUID, ids: Sequence[int], reason: str = "the worker stopped"
+) -> set[int]:
+    """Put these jobs back as if they had not been claimed: the attempt does not count.
+
+    A canceled one ends, a paused one is set aside.
+    """
+    failures = [Failure(i, Outcome.INTERRUPTED, "interrupted", reason) for i in ids]
+    return _give_up(connection, statements.RELEASE, token, failures)
 
 
 def drop(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
@@ -242,8 +247,8 @@ def promote(connection: Connection, *, limit: int = CHUNK) -> list[str]:
     return list(connection.execute(statements.PROMOTE, {"limit": limit, "shard": _shard()}).scalars())
 
 
-def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int) -> int:
-    values = {"batch": batch_id, "idx": idx, "limit": limit, "shard": _shard()}
+def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int, **more: Any) -> int:
+    values = {"batch": batch_id, "idx": idx, "limit": limit, "shard": _shard(), **more}
     return int(connection.execute(statement, values).scalar_one())
 
 
@@ -269,9 +274,46 @@ def resume(connection: Connection, batch_id: int, idx: int | None = None, *, lim
     return _move_chunk(connection, statements.RESUME, batch_id, idx, limit)
 
 
-def resubmit(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
-    """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0."""
-    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit)
+def resubmit(
+    connection: Connection,
+    batch_id: int,
+    idx: int | None = None,
+    *,
+    states: Collection[State] = (),
+    error_classes: Collection[str] = (),
+    limit: int = CHUNK,
+) -> int:
+    """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0.
+
+    Narrowed to those in `states` and of `error_classes` where these are given.
+    """
+    only = {"states": [str(state) for state in states] or None, "classes": list(error_classes) or None}
+    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit, **only)
     if moved:
         connection.execute(statements.REOPEN_BATCH, {"batch": batch_id})
     return moved
+
+
+def admit(connection: Connection, tenant_id: int) -> list[str]:
+    """Queue as many held jobs of a capped tenant as there is room for. Returns their models.
+
+    Does nothing for a tenant without a cap, whose held jobs are paused (`resume`).
+    """
+    connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
+    return list(connection.execute(statements.ADMIT, {"tenant": tenant_id, "shard": _shard()}).scalars())
+
+
+def hold_excess(connection: Connection, tenant_id: int, *, limit: int = CHUNK) -> int:
+    """Set aside the last queued jobs of a tenant that has more in flight than its cap. Returns how many."""
+    connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
+    values = {"tenant": tenant_id, "limit": limit, "shard": _shard()}
+    return int(connection.execute(statements.HOLD_EXCESS, values).scalar_one())
+
+
+def reprioritize(
+    connection: Connection, batch_id: int, priority: Priority, *, raise_only: bool = False, limit: int = CHUNK
+) -> int:
+    """Put waiting jobs of a batch into a class, or with `raise_only` those of lower classes. Call until 0."""
+    least = priority.rank + 1 if raise_only else 0
+    values = {"batch": batch_id, "priority": priority.rank, "least": least, "limit": limit}
+    return int(connection.execute(statements.REPRIORITIZE, values).scalar_one())

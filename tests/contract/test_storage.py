@@ -23,7 +23,8 @@ from shared.settings import Settings, load_settings
 from shared.storage import Storage, inline, open_storage, schemes
 from shared.storage.file import FileStorage
 from shared.storage.s3 import S3Storage, Timeouts
-from tests.fakes.s3_server import BUCKET, Fault, FaultyProxy, S3Server, ceph_rgw, missing_ceph_programs, moto_server
+from tests.fakes.faulty_proxy import Fault, FaultyProxy
+from tests.fakes.s3_server import BUCKET, S3Server, ceph_rgw, missing_ceph_programs, moto_server
 
 #: where each scheme is tried; a new scheme needs a line here
 PLACES = {"file": ["folder"], "s3": ["moto", "ceph"]}
@@ -313,7 +314,7 @@ class TestFaults:
     def behind(self, moto: S3Server, proxy: FaultyProxy) -> S3Storage:
         return impatient(settings_of(moto, storage_url=f"s3://{BUCKET}/faults", s3_endpoint_url=proxy.endpoint))
 
-    @pytest.mark.parametrize("fault", ["cut", "hole", "busy"])
+    @pytest.mark.parametrize("fault", ["cut", "hole", "busy", "broken"])
     def test_a_bad_way_is_unavailable_soon_and_stores_nothing(
         self, direct: Storage, behind: S3Storage, proxy: FaultyProxy, fault: Fault
     ) -> None:

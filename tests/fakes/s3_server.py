@@ -1,4 +1,4 @@
-"""Real S3 servers on loopback for the tests, and a TCP proxy that damages what passes through it."""
+"""Real S3 servers on loopback for the tests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit
 
 from boto3.session import Session
 
@@ -91,83 +89,3 @@ def _free_ports() -> tuple[int, int]:
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
             return s3_port, first
     raise AssertionError("no free ports")
-
-
-#: damage to what the client sends: change a byte, end within the body, at most 1.3 MB/s; the last two to what it
-#: receives; `hole` never answers, `busy` answers 503 by itself
-Fault = Literal["none", "flip", "cut", "trickle", "hole", "busy", "shorten", "drip"]
-_DAMAGE_TO_ANSWER: dict[Fault, Fault] = {"shorten": "cut", "drip": "trickle"}
-_DAMAGE_AT = 50_000
-_BUSY_BODY = b"<Error><Code>ServiceUnavailable</Code><Message>Please come back later</Message></Error>"
-_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (
-    len(_BUSY_BODY),
-    _BUSY_BODY,
-)
-
-
-class FaultyProxy:
-    """Stands before a server; set `fault` to choose what happens to connections that follow."""
-
-    def __init__(self, target: str) -> None:
-        self._target = (str(urlsplit(target).hostname), urlsplit(target).port or 80)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
-        self._closed = threading.Event()
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.fault: Fault = "none"
-        self.connections = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> FaultyProxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        for each in (self._listener, *self._open):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            # inherited by the connections: what is not read soon stands still at the sender
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-            while True:
-                client, _ = self._listener.accept()
-                self._open.append(client)
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(client, self.fault), daemon=True).start()
-
-    def _serve(self, client: socket.socket, fault: Fault) -> None:
-        if fault == "hole":
-            return
-        with contextlib.suppress(OSError):
-            if fault == "busy":
-                client.recv(65_536)
-                client.sendall(_BUSY)
-                client.shutdown(socket.SHUT_RDWR)
-                return
-            server = socket.create_connection(self._target)
-            self._open.append(server)
-            answer = _DAMAGE_TO_ANSWER.get(fault, "none")
-            threading.Thread(target=self._pump, args=(server, client, answer), daemon=True).start()
-            self._pump(client, server, fault)
-
-    def _pump(self, source: socket.socket, sink: socket.socket, fault: Fault) -> None:
-        passed = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                within = passed <= _DAMAGE_AT < passed + len(data)
-                if within and fault == "flip":
-                    at = _DAMAGE_AT - passed
-                    data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-                if within and fault == "cut":
-                    sink.sendall(data[: _DAMAGE_AT - passed])
-                    break
-                sink.sendall(data)
-                passed += len(data)
-                if fault == "trickle" and self._closed.wait(0.05):
-                    break
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -150,6 +151,21 @@ def test_told_to_stop_it_releases_what_it_cannot_finish(services: Services, tena
     job = jobs_of(services, tenant, batch)[0]
     assert (job.state, job.attempt) == (State.QUEUED, 0)
     assert _workers(services) == [], "it said goodbye"
+
+
+def test_told_to_stop_while_the_storage_is_away_it_burns_no_attempt(services: Services, tenant: TenantIdentity) -> None:
+    folder = Path(urlsplit(services.settings.storage_url).path)
+    batch = submit_fake(services, tenant, [{"prompt": "x"}] * 2)
+    with executing(services, heartbeat_seconds=0.1, cancel_poll_seconds=0.1) as executor:
+        _ = services.storage
+        folder.rename(folder.with_name("aside"))
+        folder.write_text("in the way")
+        drain = draining(executor)
+        wait_for(lambda: ["storage" in str(w.last_error) for w in _workers(services)] == [True], what="a failed upload")
+        executor.stop_soon()
+        drain.join(20)
+    jobs = jobs_of(services, tenant, batch)
+    assert [(job.state, job.attempt) for job in jobs] == [(State.QUEUED, 0)] * 2
 
 
 def test_a_lost_lease_stops_the_pass_and_its_result_is_not_recorded(services: Services, tenant: TenantIdentity) -> None:

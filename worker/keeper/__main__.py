@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-from shared import logs
+from shared import failpoints, logs
 from shared.errors import FarmError, Unavailable
 from shared.services import Services, open_services
 from worker.keeper import keeper_services
@@ -27,6 +27,7 @@ def keep(services: Services, stopping: threading.Event) -> None:
             logger.info("leading" if leads else "standing by")
             led = leads
         for name, run in chores.items() if leads else ():
+            failpoints.hit("before_chore")
             try:
                 run(services)
             except Unavailable as error:

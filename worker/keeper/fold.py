@@ -2,6 +2,7 @@
 
 from sqlalchemy import text
 
+from shared import failpoints
 from shared.database import transaction
 from shared.services import Services
 from shared.states import OPEN, State
@@ -37,6 +38,7 @@ def run(services: Services) -> int:
     with transaction(services.engine) as connection:
         closed = list(connection.execute(_CLOSE).scalars())
     if closed:
+        failpoints.hit("mid_fold")
         with transaction(services.engine) as connection:
             connection.execute(_FOLD, {"ids": closed})
     return len(closed)
