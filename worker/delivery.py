@@ -196,7 +196,7 @@ class Delivery:
                     interrupted.append(job.id)
                 elif stored.error is not None and not isinstance(stored.error, Canceled):
                     failure, wait = failure_of(job.id, stored.error)
-                    failures.append((failure, job.attempt, wait))
+                    failures.append((failure, job.own_attempt, wait))
                 elif stored.result is None:
                     unwanted.append(job.id)
                 else:

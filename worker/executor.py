@@ -324,7 +324,7 @@ class Executor:
         failures = []
         for job in jobs:
             failure, retry_after = failure_of(job.id, error)
-            failures.append((failure, job.attempt, retry_after))
+            failures.append((failure, job.own_attempt, retry_after))
         if failures:
             self._leases.report_error(f"{claim.model}: {failures[0][0].error_class}: {failures[0][0].detail}")
             self._reporter.give_up(claim.token, failures)

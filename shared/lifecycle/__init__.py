@@ -65,6 +65,11 @@ class ClaimedJob:
     def position(self) -> Position:
         return Position(self.priority, self.vt, self.id)
 
+    @property
+    def own_attempt(self) -> int:
+        """Number of this attempt, without those that were lost with a worker: they are counted by themselves."""
+        return self.attempt - self.lost_count
+
 
 class Lease(NamedTuple):
     """The right to render a job: only a worker that holds it may end the attempt."""

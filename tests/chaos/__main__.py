@@ -66,7 +66,7 @@ def _figures(outcome: Outcome) -> Table:
     for name, figure in {
         "jobs": found.jobs,
         **{f"… {state}": number for state, number in sorted(found.states.items())},
-        "… lost with three workers, blameless": len(found.struck_thrice),
+        "… struck three times, blameless": len(found.struck_thrice),
         "faults": outcome.done.total(),
         "lost": len(found.lost),
         "doubled": len(found.doubled),

@@ -10,8 +10,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from sqlalchemy import text
 from shared.database import transaction
 from shared.errors import Unavailable
 from shared.queue import drain_message, queue_name
-from tests.chaos.stage import GRACE_SECONDS, LEASE_SECONDS, MODELS, STALL_SECONDS, Held, Post, Stage, wait_until
+from tests.chaos.stage import GRACE_SECONDS, LEASE_SECONDS, MODELS, STALL_SECONDS, Held, Post, Stage
 from tests.fakes.faulty_proxy import Fault
 from tests.farm import Process
 
@@ -69,7 +69,7 @@ def _kill_group(stage: Stage, dice: random.Random) -> Struck:
 @_fault("worker: kill -9 child")
 def _kill_child(stage: Stage, dice: random.Random) -> Struck:
     with stage.one_of(stage.workers, dice) as worker:
-        if not wait_until(lambda: bool(worker.children()), 10):
+        if not stage.wait_until(lambda: bool(worker.children()), 10):
             raise Missed("it had no child")
         held = stage.held_by(worker)
         _kill(worker.children()[0])
@@ -85,7 +85,7 @@ def _kill_parent(stage: Stage, dice: random.Random) -> Struck:
         worker.away = True
         _kill(worker.process.pid)
         worker.process.popen.wait()
-        if not wait_until(lambda: not any(_runs(child) for child in children), 5):
+        if not stage.wait_until(lambda: not any(_runs(child) for child in children), 5):
             stage.complaints.append(f"{worker.name}: its child outlived its parent")
         return Struck(held)
 
@@ -113,7 +113,7 @@ def _storm(stage: Stage, dice: random.Random) -> Struck:
                     os.kill(_pid(worker), signal.SIGTERM)
             stage.pause(0.1)
         for worker in stage.workers:
-            if not wait_until(partial(_replaced, worker, before[worker]), GRACE_SECONDS + 10):
+            if not stage.wait_until(partial(_replaced, worker, before[worker]), GRACE_SECONDS + 10):
                 stage.complaints.append(f"{worker.name} does not end on SIGTERM")
                 worker.kill()
                 worker.start()
@@ -127,7 +127,7 @@ def _roll(stage: Stage, dice: random.Random) -> Struck:
             if not post.leave(GRACE_SECONDS + 15):
                 stage.complaints.append(f"{post.name} does not end on SIGTERM")
             post.start()
-    return Struck()
+    return Struck(at=time.monotonic())
 
 
 # ---------------------------------------------------------------------------------------------------------- failpoints
@@ -136,23 +136,21 @@ def _roll(stage: Stage, dice: random.Random) -> Struck:
 def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: str, odds: str = "1/1") -> None:
     @_fault(f"failpoint: {point}={action}")
     def strike(stage: Stage, dice: random.Random) -> Struck:
-        with stage.one_of(choose(stage), dice) as post:
+        with stage.one_of(choose(stage), dice) as post, _leading(stage, post):
             post.leave(GRACE_SECONDS + 10)
             position = post.log_size()
             post.start(f"{point}={action}:{odds},seed={dice.randrange(1000)}")
-            if post in stage.keepers:
-                _let_lead(stage, post)
 
             def reached() -> bool:
                 post.children()
                 stage.nudge()
                 return f"failpoint {point}: {action}" in post.log_since(position)
 
-            if not wait_until(reached, _REACH_SECONDS):
+            if not stage.wait_until(reached, _REACH_SECONDS):
                 post.leave(GRACE_SECONDS + 10)
                 raise Missed(f"{point} was not reached")
             struck = Struck(stage.held_by(post) if post in stage.workers else [], time.monotonic())
-            if action == "hang" and not wait_until(
+            if action == "hang" and not stage.wait_until(
                 lambda: "the device hangs" in post.log_since(position), STALL_SECONDS + 10
             ):
                 stage.complaints.append(f"{post.name} hangs and nobody ends it")
@@ -163,25 +161,27 @@ def _failpoint(choose: Callable[[Stage], Sequence[Post]], point: str, action: st
             return struck
 
 
-def _let_lead(stage: Stage, keeper: Post) -> None:
-    """Send the other keepers away until this one leads: a keeper that stands by passes no failpoint."""
-    assert keeper.process is not None
-    others = [post for post in stage.keepers if post is not keeper]
-    for post in others:
-        post.leave(5)
-    wait_until(lambda: stage.leader_pid() is not None, 10)
-    for post in others:
-        post.start()
+@contextmanager
+def _leading(stage: Stage, post: Post) -> Iterator[None]:
+    """A keeper that stands by passes no failpoint: meanwhile the others are away."""
+    others = [keeper for keeper in stage.keepers if keeper is not post and post in stage.keepers]
+    for keeper in others:
+        keeper.leave(5)
+    try:
+        yield
+    finally:
+        for keeper in others:
+            keeper.start()
 
 
 _failpoint(lambda stage: stage.workers, "after_claim", "kill")
 _failpoint(lambda stage: stage.workers, "render_step", "kill", "1/2")
 _failpoint(lambda stage: stage.workers, "render_step", "hang", "1/2")
-_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/2")
+_failpoint(lambda stage: stage.workers, "render_step", "oom", "1/4")
 _failpoint(lambda stage: stage.workers, "after_upload", "kill", "1/2")
 _failpoint(lambda stage: stage.workers, "after_result", "kill", "1/2")
-_failpoint(lambda stage: stage.apis, "before_bell", "kill", "1/2")
-_failpoint(lambda stage: stage.apis, "mid_copy", "kill", "1/2")
+_failpoint(lambda stage: stage.apis, "before_bell", "kill")
+_failpoint(lambda stage: stage.apis, "mid_copy", "kill")
 _failpoint(lambda stage: stage.keepers, "before_chore", "kill", "1/4")
 _failpoint(lambda stage: stage.keepers, "mid_fold", "kill")
 
@@ -199,7 +199,7 @@ def _kill_api(stage: Stage, dice: random.Random) -> Struck:
 @_fault("api: kill -9 child")
 def _kill_api_child(stage: Stage, dice: random.Random) -> Struck:
     with stage.one_of(stage.apis, dice) as api:
-        if not wait_until(lambda: bool(api.children()), 10):
+        if not stage.wait_until(lambda: bool(api.children()), 10):
             raise Missed("it had no child")
         _kill(dice.choice(api.children()))
     return Struck()
@@ -229,7 +229,7 @@ def _freeze_keeper(stage: Stage, dice: random.Random) -> Struck:
 def _kill_redis(stage: Stage, dice: random.Random) -> Struck:
     with stage.alone("redis"):
         _kill(stage.redis.pid)
-        wait_until(lambda: not stage.redis.alive, 5)
+        stage.wait_until(lambda: not stage.redis.alive, 5)
         stage.pause(dice.uniform(0.2, 2.0))
         stage.redis.start()
     return Struck()
@@ -275,7 +275,7 @@ def _double_bells(stage: Stage, dice: random.Random) -> Struck:
 def _stop_postgres(stage: Stage, dice: random.Random) -> Struck:
     with stage.alone("postgres"):
         os.kill(stage.postgres.pid, signal.SIGQUIT)  # as `pg_ctl stop -m immediate` does
-        if not wait_until(lambda: not stage.postgres.alive, 10):
+        if not stage.wait_until(lambda: not stage.postgres.alive, 10):
             raise Missed("it did not stop")
         stage.pause(dice.uniform(0.1, 1.5))
         stage.postgres.start()

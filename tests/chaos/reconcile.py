@@ -23,7 +23,7 @@ from shared.errors import ObjectMissing
 from shared.ids import batch_id as public_batch_id
 from shared.models import Attempt, Batch, BatchCounter, Job
 from shared.services import Services
-from shared.states import OPEN, POISON, Outcome, State
+from shared.states import OPEN, POISON, POLICY, Outcome, State
 from tests.chaos.load import Answer
 
 #: an object whose job ended otherwise may lie about for so long; the sweep takes it then
@@ -50,7 +50,7 @@ class Findings:
     other: list[str] = field(default_factory=list)
     #: objects of jobs that were called off or given up after the upload, and are young
     leftovers: int = 0
-    #: jobs that asked for no fault, but were lost with three workers
+    #: jobs that asked for no fault, but were lost with three workers or ran out of memory three times
     struck_thrice: list[int] = field(default_factory=list)
 
     @property
@@ -149,18 +149,20 @@ def _counters(connection: Connection, found: Findings) -> None:
 
 
 def _causes(connection: Connection, found: Findings) -> None:
-    """A job fails for the fault that it asks for, or because it was lost three times; for nothing else."""
+    """A job fails for the fault that it asks for, or because it was lost or out of memory three times."""
     expected = {
         "crash": {POISON}, "hang": {POISON}, "out_of_memory": {"out-of-memory"}, "transient": {"transient"},
         "permanent": {"asked_for"},
     }  # fmt: skip
+    rows = select(Attempt.job_id).where(Attempt.outcome == Outcome.RESOURCE)
+    resource = Counter(connection.execute(rows).scalars())
     columns = (Job.id, Job.error_class, Job.error_detail, Job.lost_count, Job.overrides, Batch.parameters)
     failed = select(*columns).join(Batch, Batch.id == Job.batch_id).where(Job.state == State.FAILED)
     for row in connection.execute(failed):
         asked = {**row.parameters, **(row.overrides or {})}["fault"]
         if row.error_class in expected.get(asked, set()):
             continue
-        if row.error_class == POISON and row.lost_count >= 3:
+        if (row.error_class == POISON and row.lost_count >= 3) or resource[row.id] >= POLICY[Outcome.RESOURCE].tries:
             found.struck_thrice.append(row.id)
         else:
             found.other.append(f"job {row.id} (fault {asked}) failed: {row.error_class}: {row.error_detail}")

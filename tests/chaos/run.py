@@ -6,8 +6,9 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +103,7 @@ class _Game:
         """Each fault with its share of the load; at last the share that no fault accompanies."""
         running: list[Future[None]] = []
         self._stage.nudge = lambda: self._bring_more(tenants)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool, self._abandoning():
             for kind, share in zip(kinds, shares, strict=False):
                 # one part comes now, the other where a fault waits for work
                 tenants.submit(share[:1])
@@ -118,6 +119,15 @@ class _Game:
         tenants.submit(list(self._reserve))
         for each in running:
             each.result()
+
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """An interrupted run does not wait for the faults that are at work."""
+        try:
+            yield
+        except BaseException:
+            self._stage.abandon()
+            raise
 
     def _bring_more(self, tenants: Load) -> None:
         with self._lock:

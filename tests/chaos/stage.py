@@ -287,15 +287,6 @@ class Stage:
         except Unavailable:
             return []
 
-    def leader_pid(self) -> int | None:
-        """The database's process that serves the keeper which leads."""
-        query = text("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
-        try:
-            with transaction(self.services.engine) as connection:
-                return connection.execute(query).scalars().first()
-        except Unavailable:
-            return None
-
     def bells(self) -> contextlib.closing:  # type: ignore[type-arg]
         """A client of Redis, to be closed."""
         return contextlib.closing(redis_client(self.settings, timeout_seconds=5))
@@ -303,6 +294,18 @@ class Stage:
     def pause(self, seconds: float) -> None:
         """Let time pass; ends early when the stage is taken down."""
         self._closing.wait(seconds)
+
+    def wait_until(self, look: Callable[[], bool], seconds: float) -> bool:
+        """Look until it is true; False where it is not within `seconds` or the stage is taken down."""
+        deadline = time.monotonic() + seconds
+        while not look():
+            if time.monotonic() > deadline or self._closing.wait(0.05):
+                return False
+        return True
+
+    def abandon(self) -> None:
+        """No fault waits for anything any more."""
+        self._closing.set()
 
     def heal(self) -> None:
         """Everything runs and nothing is hindered any more."""
@@ -329,13 +332,3 @@ class Stage:
 
 def _mined(settings: Settings, failpoints: str) -> Settings:
     return settings.model_copy(update={"failpoints": failpoints}) if failpoints else settings
-
-
-def wait_until(look: Callable[[], bool], seconds: float) -> bool:
-    """Look until it is true; False where it is not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not look():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

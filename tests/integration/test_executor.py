@@ -116,6 +116,16 @@ def test_out_of_memory_is_tried_smaller_and_then_later(
     assert all((job.result or {})["batch_size"] < 4 for job in seen[1:])
 
 
+def test_losses_do_not_use_up_the_tries_of_other_failures(
+    services: Services, tenant: TenantIdentity, executor: Executor
+) -> None:
+    batch = submit_fake(services, tenant, [{"prompt": "x", "fault": "out_of_memory"}])
+    with transaction(services.engine) as connection:
+        connection.execute(update(Job).values(attempt=2, lost_count=2))
+    executor.drain("fake")
+    assert jobs_of(services, tenant, batch)[0].state is State.SCHEDULED
+
+
 def test_a_canceled_batch_leaves_the_running_pass_within_a_step(
     services: Services, tenant: TenantIdentity, executor: Executor
 ) -> None:
