@@ -12,7 +12,7 @@ from api.context import context
 from api.problems import documented
 from shared import tenants
 from shared.database import transaction
-from shared.errors import Unauthenticated
+from shared.errors import Forbidden, Unauthenticated
 from shared.tenants import TenantIdentity
 
 #: name of the security scheme in the OpenAPI document
@@ -38,6 +38,12 @@ def tenant() -> TenantIdentity:
     """Whom this request speaks for."""
     found: TenantIdentity = g.tenant
     return found
+
+
+def require_operator() -> None:
+    """Raise `Forbidden` where the key speaks for a tenant only."""
+    if not tenant().operator:
+        raise Forbidden
 
 
 def _require_key() -> None:

@@ -45,6 +45,7 @@ _KINDS: dict[str, _Kind] = {
     "invalid-cursor": _Kind(400, "This is not a cursor of this list."),
     "invalid-idempotency-key": _Kind(400, "This cannot be an idempotency key."),
     "unauthenticated": _Kind(401, "A valid API key is needed.", _CHALLENGE),
+    "forbidden": _Kind(403, "This key may not do that."),
     "link-refused": _Kind(403, "This link is not valid."),
     "not-found": _Kind(404, "There is no such thing here."),
     "object-missing": _Kind(404, "The image is no longer stored."),

@@ -33,7 +33,12 @@ def main() -> int:
     parser.add_argument(
         "rows", nargs="*", metavar="ROW", help=f"rows to measure: {', '.join(known_rows())}; all without"
     )
-    wanted = [name for argument in parser.parse_args().rows for name in argument.split(",") if name]
+    parser.add_argument(
+        "--held-seconds", type=float, default=60.0, help="claim: how long an old transaction stays open (60)"
+    )
+    given = parser.parse_args()
+    options = {"claim": {"held_seconds": given.held_seconds}}
+    wanted = [name for argument in given.rows for name in argument.split(",") if name]
     if unknown := sorted(set(wanted) - set(known_rows())):
         parser.error(f"no such row: {', '.join(unknown)}; known are {', '.join(known_rows())}")
     console = Console()
@@ -42,7 +47,7 @@ def main() -> int:
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in wanted or known_rows():
             console.print(f"measuring {name} …")
-            measured.append(pool.submit(measure, name).result())
+            measured.append(pool.submit(measure, name, **options.get(name, {})).result())
     show(measured, console)
     keep(measured)
     return 0

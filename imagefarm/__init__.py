@@ -11,7 +11,7 @@ What can go wrong is a `FarmError`.
 from imagefarm.client import Farm
 from imagefarm.connection import FarmRequestError, FarmUnreachable
 from imagefarm.download import Downloaded
-from imagefarm.records import Batch, Image, Job, JobError, Model, Worker
+from imagefarm.records import Batch, Image, Job, JobError, Model, Queue, Tenant, Worker
 from shared.errors import FarmError
 
 __all__ = [
@@ -25,5 +25,7 @@ __all__ = [
     "Job",
     "JobError",
     "Model",
+    "Queue",
+    "Tenant",
     "Worker",
 ]

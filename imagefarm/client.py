@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from imagefarm.connection import Connection, find_farm
 from imagefarm.download import Downloaded, Progress, download
-from imagefarm.records import DEFAULT_TEMPLATE, Batch, Job, Model, Worker
+from imagefarm.records import DEFAULT_TEMPLATE, Batch, Job, Model, Queue, Tenant, Worker
 from shared.errors import FarmError
 from shared.states import State
 
@@ -70,6 +70,7 @@ class Farm:
         name: str = "",
         priority: str = "normal",
         idempotency_key: str | None = None,
+        retention_seconds: int | None = None,
     ) -> Batch:
         """Submit a batch: `prompts` that share `parameters`, or `jobs` that bring their own.
 
@@ -77,13 +78,16 @@ class Farm:
             farm.submit(jobs=[{"prompt": "a red circle", "guidance_scale": 5.0}], model="demo-diffusion")
 
         Each prompt gives `num_images` images. Without `model` it is the first one that the farm serves. A call that
-        is cut off is repeated safely; with an `idempotency_key` of your own even after a crash of your program.
+        is cut off is repeated safely; with an `idempotency_key` of your own even after a crash of your program. Rows
+        and images are kept, or deleted `retention_seconds` after the end.
         """
         if (prompts is None) == (jobs is None):
             raise ValueError("pass prompts or jobs, one of the two")
         body: dict[str, Any] = {"model": model or self.default_model(), "num_images": num_images, "priority": priority}
         if name:
             body["name"] = name
+        if retention_seconds is not None:
+            body["retention_seconds"] = retention_seconds
         if parameters:
             body["parameters"] = dict(parameters)
         if prompts is not None:
@@ -158,6 +162,58 @@ class Farm:
         """Call off a batch or a job. Doing it twice is harmless."""
         kind = "jobs" if _id(what).startswith("job_") else "batches"
         self._connection.call("DELETE", f"/{kind}/{_id(what)}")
+
+    def pause(self, batch: Batch | str) -> Batch:
+        """Set the waiting jobs of a batch aside; what is being rendered is finished."""
+        return self._change_batch(batch, {"paused": True})
+
+    def resume(self, batch: Batch | str) -> Batch:
+        """Let a paused batch go on."""
+        return self._change_batch(batch, {"paused": False})
+
+    def set_priority(self, batch: Batch | str, priority: str) -> Batch:
+        """Put a batch into another class: high, normal or low."""
+        return self._change_batch(batch, {"priority": priority})
+
+    def _change_batch(self, batch: Batch | str, change: Mapping[str, Any]) -> Batch:
+        return Batch.of(self, self._connection.call("PATCH", f"/batches/{_id(batch)}", body=dict(change)))
+
+    def retry(
+        self, what: Batch | Job | str, error_classes: Iterable[str] = (), states: Iterable[str] = ("failed",)
+    ) -> int:
+        """Render a job again, or the failed jobs of a batch, with a clean record. Returns how many.
+
+            farm.retry(batch, error_classes=["out_of_memory"])
+
+        `error_classes` narrows it; `states` may name canceled jobs too.
+        """
+        if _id(what).startswith("job_"):
+            self._connection.call("POST", f"/jobs/{_id(what)}/retry")
+            return 1
+        body = {"states": list(states), "error_classes": list(error_classes)}
+        answer = self._connection.call("POST", f"/batches/{_id(what)}/retry", body=body, patience=_SUBMIT_SECONDS)
+        return int(answer["retried"])
+
+    def queues(self) -> list[Queue]:
+        """What each model has waiting, and how many workers that calls for."""
+        return [Queue.of(body) for body in self._connection.call("GET", "/queues")["data"]]
+
+    def drain(self, worker: Worker | str, draining: bool = True) -> None:
+        """Let a worker claim nothing more, or again. Needs an operator's key."""
+        name = worker if isinstance(worker, str) else worker.id
+        self._connection.call("PATCH", f"/workers/{quote(name, safe='')}", body={"draining": draining})
+
+    def pause_model(self, model: str, paused: bool = True) -> None:
+        """Stop or go on rendering with a model, everywhere. Needs an operator's key."""
+        self._connection.call("PATCH", f"/models/{quote(model, safe='')}", body={"paused": paused})
+
+    def tenants(self) -> list[Tenant]:
+        """All tenants. Needs an operator's key."""
+        return [Tenant.of(body) for body in self._connection.call("GET", "/tenants")["data"]]
+
+    def change_tenant(self, tenant: str, **changes: Any) -> Tenant:
+        """Change a tenant: `paused`, `max_in_flight` (None lifts the cap). Needs an operator's key."""
+        return Tenant.of(self._connection.call("PATCH", f"/tenants/{quote(tenant, safe='')}", body=changes))
 
     def models(self) -> list[Model]:
         """The models that the farm knows."""

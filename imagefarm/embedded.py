@@ -28,7 +28,7 @@ from shared.errors import FarmError
 #: longest path of a unix socket that every platform takes
 _MAX_SOCKET_PATH = 100
 #: paths that mean the same to a shell and in a URL
-_PLAIN_PATH = re.compile(r"[\w./@:+=,-]+")
+_PLAIN_PATH = re.compile(r"[\w./@:=-]+")
 _POSTGRES_SOCKET = ".s.PGSQL.5432"
 _START_SECONDS = 20.0
 #: replaying the log after a crash

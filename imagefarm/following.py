@@ -46,7 +46,7 @@ def _facts(batch: Batch) -> Text:
     if batch.eta_seconds is not None and not batch.done:
         text.append(f"{duration(batch.eta_seconds)} left", "dim")
     elif not batch.done and not batch.ended:
-        text.append(batch.state, "dim")
+        text.append(batch.state_reason or batch.state, "yellow" if batch.state_reason else "dim")
     return text
 
 

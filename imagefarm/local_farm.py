@@ -190,9 +190,10 @@ class LocalFarm:
             known = _known_address(data)
             with transaction(engine) as connection:
                 key = known.api_key if known else ""
-                if not key or tenants.authenticate(connection, key) is None:
+                identity = tenants.authenticate(connection, key)
+                if identity is None or not identity.operator:
                     tenant_id = tenants.ensure_tenant(connection, TENANT)
-                    key = tenants.create_key(connection, tenant_id, "imagefarm up")
+                    key = tenants.create_key(connection, tenant_id, "imagefarm up", operator=True)
         finally:
             engine.dispose()
         write_client_file(data, self.url, key)

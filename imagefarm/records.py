@@ -41,6 +41,10 @@ class Batch:
     finished_at: datetime | None
     images_per_second: float | None
     eta_seconds: float | None
+    #: rows and images are deleted so long after the end; None: never
+    retention_seconds: int | None
+    #: why its jobs wait, where none is being rendered
+    state_reason: str | None
     _farm: Farm = field(repr=False, compare=False)
 
     @classmethod
@@ -59,6 +63,8 @@ class Batch:
             finished_at=_time(body.get("finished_at")),
             images_per_second=body.get("images_per_second"),
             eta_seconds=body.get("eta_seconds"),
+            retention_seconds=body.get("retention_seconds"),
+            state_reason=body.get("state_reason"),
             _farm=farm,
         )
 
@@ -103,6 +109,18 @@ class Batch:
     def cancel(self) -> None:
         """Call off what has not been rendered yet."""
         self._farm.cancel(self.id)
+
+    def pause(self) -> Batch:
+        """Set aside what waits; see `Farm.pause`."""
+        return self._farm.pause(self)
+
+    def resume(self) -> Batch:
+        """Let it go on."""
+        return self._farm.resume(self)
+
+    def retry(self, error_classes: Iterable[str] = (), states: Iterable[str] = ("failed",)) -> int:
+        """Render failed jobs again; see `Farm.retry`."""
+        return self._farm.retry(self, error_classes, states)
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,10 @@ class Job:
     error: JobError | None
     image: Image | None
     finished_at: datetime | None
+    #: why it waits; its place in the queue and an estimate, where it was asked for alone
+    state_reason: str | None
+    queue_position: int | None
+    eta_seconds: float | None
     _farm: Farm = field(repr=False, compare=False)
 
     @classmethod
@@ -170,6 +192,9 @@ class Job:
             error=JobError(error.get("class") or "error", error.get("detail") or "") if error else None,
             image=Image(**{name: image.get(name) for name in Image.__dataclass_fields__}) if image else None,
             finished_at=_time(body.get("finished_at")),
+            state_reason=body.get("state_reason"),
+            queue_position=body.get("queue_position"),
+            eta_seconds=body.get("eta_seconds"),
             _farm=farm,
         )
 
@@ -222,13 +247,54 @@ class Worker:
     resident: list[str]
     device: Mapping[str, Any]
     images: int
+    #: by model: images_per_second and seconds_per_work, as measured lately
+    rates: Mapping[str, Mapping[str, float]]
+    #: models that it leaves alone for a while after failures
+    resting: Mapping[str, Mapping[str, Any]]
     last_error: str | None
     started_at: datetime | None
     heartbeat_at: datetime | None
+    draining_at: datetime | None
+    #: alive, resting, draining or silent
+    state: str
     alive: bool
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Worker:
         values = {name: body.get(name) for name in cls.__dataclass_fields__}
-        times = {name: _time(body.get(name)) for name in ("started_at", "heartbeat_at")}
+        times = {name: _time(body.get(name)) for name in ("started_at", "heartbeat_at", "draining_at")}
         return cls(**{**values, **times})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What one model has waiting, and who renders it. `pending_seconds` is the time that one worker would need."""
+
+    model: str
+    queued: int
+    scheduled: int
+    held: int
+    rendering: int
+    oldest_wait_seconds: float | None
+    images_per_second: float | None
+    pending_seconds: float | None
+    live_workers: int
+    wanted_workers: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Queue:
+        return cls(**{name: body[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant, as operators see it. `max_in_flight` caps its jobs that are queued or rendered at a time."""
+
+    name: str
+    weight: float
+    paused: bool
+    max_in_flight: int | None
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Tenant:
+        return cls(**{name: body[name] for name in cls.__dataclass_fields__})

@@ -6,6 +6,7 @@ FarmError
 ├── InvalidInput           a request that can never be right; carries one `Fault` per field
 │   └── UnknownModel
 ├── Unauthenticated        no API key, or one that is not (or no longer) known
+├── Forbidden              a known key that may not do this
 ├── NotFound               no such thing for this tenant
 ├── Conflict               right in itself, but not in the present state
 │   ├── InProgress            an equal request is being handled right now
@@ -22,6 +23,7 @@ FarmError
 ├── RenderError            how an attempt ended; `outcome` selects the policy
 │   ├── Transient          (retry_after)
 │   ├── OutOfMemory
+│   ├── DeviceLost         the process must end
 │   ├── Permanent          (code)
 │   └── OverBudget
 └── Stopped                raised by `on_step` to leave a running pass
@@ -93,6 +95,12 @@ class Unauthenticated(FarmError):
     """This needs a valid API key, sent as `Authorization: Bearer imf_…`."""
 
     code = "unauthenticated"
+
+
+class Forbidden(FarmError):
+    """This needs an operator's key."""
+
+    code = "forbidden"
 
 
 class NotFound(FarmError):
@@ -196,6 +204,13 @@ class OutOfMemory(RenderError):
 
     code = "out-of-memory"
     outcome = Outcome.RESOURCE
+
+
+class DeviceLost(RenderError):
+    """The device is in a state from which this process cannot bring it back."""
+
+    code = "device-lost"
+    outcome = Outcome.WORKER_LOST
 
 
 class Permanent(RenderError):

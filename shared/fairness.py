@@ -32,3 +32,16 @@ def reserve(connection: Connection, *, model: str, tenant_id: int, priority: int
     """
     values = {"model": model, "tenant": tenant_id, "priority": priority, "advance": work / weight}
     return float(connection.execute(_RESERVE, values).scalar_one())
+
+
+_REFUND = text("""
+UPDATE tenant_clock c SET vt = GREATEST(c.vt - :jobs * b.work / b.job_count / t.weight, 0)
+FROM batch b JOIN tenant t ON t.id = b.tenant_id
+WHERE b.id = :batch AND c.model = b.model AND c.tenant_id = b.tenant_id
+""")
+
+
+def refund(connection: Connection, batch_id: int, jobs: int) -> None:
+    """Turn the tenant's clock back by what `jobs` canceled jobs of this batch would have cost, at the mean of all."""
+    if jobs:
+        connection.execute(_REFUND, {"batch": batch_id, "jobs": jobs})

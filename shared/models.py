@@ -71,11 +71,18 @@ class Tenant(Base):
     """Who owns keys, batches and quotas. `weight` is its share of each queue."""
 
     __tablename__ = "tenant"
-    __table_args__ = (CheckConstraint("weight > 0", name="weight_positive"),)
+    __table_args__ = (
+        # NaN counts as the largest number
+        CheckConstraint("weight > 0 AND weight < 'Infinity'", name="weight_positive"),
+        CheckConstraint("max_in_flight > 0", name="max_in_flight_positive"),
+    )
 
     id: Mapped[int] = _id()
     name: Mapped[str] = mapped_column(unique=True)
     weight: Mapped[float] = mapped_column(server_default=text("1"))
+    #: most jobs that are queued or rendered at a time; the others are held until there is room
+    max_in_flight: Mapped[int | None] = mapped_column(Integer)
+    paused_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = _now()
 
 
@@ -90,6 +97,26 @@ class TenantClock(Base):
     vt: Mapped[float]
 
 
+class ModelControl(Base):
+    """What operators said about a model of the catalogue."""
+
+    __tablename__ = "model_control"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    paused_at: Mapped[datetime | None]
+
+
+class ModelRate(Base):
+    """How fast a model was rendered lately, as its workers measured it; written by the keeper."""
+
+    __tablename__ = "model_rate"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    #: device seconds of one unit of work (see `RenderSpec.work`)
+    seconds_per_work: Mapped[float]
+    updated_at: Mapped[datetime] = _now()
+
+
 class ApiKey(Base):
     """A bearer key: the prefix finds it, the SHA-256 proves it. The key itself is shown once and never stored."""
 
@@ -101,6 +128,8 @@ class ApiKey(Base):
     name: Mapped[str]
     prefix: Mapped[str] = mapped_column(unique=True)
     sha256: Mapped[bytes]
+    #: may speak for the whole farm: models, workers, other tenants
+    operator: Mapped[bool] = mapped_column(server_default=false())
     created_at: Mapped[datetime] = _now()
     revoked_at: Mapped[datetime | None]
 
@@ -112,6 +141,9 @@ class Batch(Base):
     __table_args__ = (
         CheckConstraint("job_count > 0", name="job_count_positive"),
         CheckConstraint("priority BETWEEN 0 AND 2", name="priority_known"),
+        CheckConstraint("aged_to BETWEEN 0 AND 2", name="aged_to_known"),
+        CheckConstraint("retention_seconds > 0", name="retention_positive"),
+        Index("ix_batch_expiring", "finished_at", postgresql_where=text("retention_seconds IS NOT NULL")),
         UniqueConstraint("id", "tenant_id"),
         Index("ix_batch_tenant_id_id", "tenant_id", "id"),
         Index("ix_batch_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
@@ -126,6 +158,12 @@ class Batch(Base):
     #: the full spec shared by the jobs, without prompt and seed
     parameters: Mapped[dict[str, Any]]
     job_count: Mapped[int] = mapped_column(Integer)
+    #: effort of all jobs together, in the unit of `RenderSpec.work`
+    work: Mapped[float] = mapped_column(server_default=text("0"))
+    #: the class to which its waiting jobs have risen by waiting; NULL: its own
+    aged_to: Mapped[int | None] = mapped_column(SmallInteger)
+    #: rows and images are deleted so long after the end; NULL keeps them
+    retention_seconds: Mapped[int | None]
     webhook_url: Mapped[str | None]
     created_at: Mapped[datetime] = _now()
     #: first claim
@@ -171,6 +209,9 @@ class Job(Base):
         # not on lease_expires_at: a heartbeat then stays a heap-only update
         Index("ix_job_rendering", "id", postgresql_where=text("state = 'rendering'")),
         Index("ix_job_scheduled", "run_at", postgresql_where=text("state = 'scheduled'")),
+        # who is admitted next of those that wait for room
+        Index("ix_job_held", "tenant_id", "priority", "vt", "id", postgresql_where=text("state = 'held'")),
+        Index("ix_job_unsuccessful", "batch_id", "id", postgresql_where=text("state IN ('failed', 'canceled')")),
         Index("ix_job_open", "batch_id", "id", postgresql_where=text("state IN ('queued', 'scheduled', 'held')")),
         {
             "postgresql_with": {
@@ -268,7 +309,13 @@ class Worker(Base):
     #: device name, memory in bytes, library versions
     device: Mapped[dict[str, Any]]
     images: Mapped[int] = mapped_column(server_default=text("0"))
+    #: by model: images_per_second and seconds_per_work, measured lately
+    rates: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    #: models that it does not pull for now, and why
+    resting: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     last_error: Mapped[str | None]
+    #: an operator asked it to claim nothing more
+    draining_at: Mapped[datetime | None]
     started_at: Mapped[datetime] = _now()
     heartbeat_at: Mapped[datetime] = _now()
     stopped_at: Mapped[datetime | None]

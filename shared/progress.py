@@ -44,6 +44,7 @@ class BatchState(StrEnum):
 class BatchView:
     """A batch as it stands now."""
 
+    id: int
     public_id: uuid.UUID
     name: str
     model: str
@@ -58,6 +59,7 @@ class BatchView:
     cancel_requested: bool
     #: seconds since the first claim
     elapsed: float | None
+    retention_seconds: int | None
 
     @property
     def open(self) -> int:
@@ -137,10 +139,20 @@ class WorkerView:
     resident: list[str]
     device: dict[str, Any]
     images: int
+    rates: dict[str, Any]
+    resting: dict[str, Any]
     last_error: str | None
     started_at: datetime
     heartbeat_at: datetime
+    draining_at: datetime | None
     alive: bool
+
+    @property
+    def state(self) -> str:
+        """One word for people."""
+        return (
+            "silent" if not self.alive else "draining" if self.draining_at else "resting" if self.resting else "alive"
+        )
 
 
 @dataclass(frozen=True)
@@ -183,6 +195,7 @@ def _batches() -> Select[Any]:
             Batch.finished_at,
             Batch.paused_at,
             Batch.cancel_requested_at,
+            Batch.retention_seconds,
             func.extract("epoch", func.clock_timestamp() - Batch.started_at).label("elapsed"),
             *_COUNTS,
         )
@@ -193,6 +206,7 @@ def _batches() -> Select[Any]:
 
 def _batch_view(row: Row[Any]) -> BatchView:
     return BatchView(
+        id=row.id,
         public_id=row.public_id,
         name=row.name,
         model=row.model,
@@ -206,6 +220,7 @@ def _batch_view(row: Row[Any]) -> BatchView:
         paused=row.paused_at is not None,
         cancel_requested=row.cancel_requested_at is not None,
         elapsed=float(row.elapsed) if row.elapsed is not None else None,
+        retention_seconds=row.retention_seconds,
     )
 
 

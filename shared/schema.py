@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
@@ -40,6 +40,11 @@ def head_revision() -> str:
     head = ScriptDirectory.from_config(_config()).get_current_head()
     assert head is not None
     return head
+
+
+def revisions() -> list[Script]:
+    """All revisions, the oldest first."""
+    return list(reversed(list(ScriptDirectory.from_config(_config()).walk_revisions())))
 
 
 def current_revision(engine: Engine) -> str | None:

@@ -114,6 +114,18 @@ class Settings(BaseSettings):
     load_seconds: float = Field(3600.0, gt=0)
     #: seconds between two rounds of the keeper
     keeper_seconds: float = Field(5.0, gt=0)
+    #: seconds of waiting after which a batch rises by one priority class; 0 switches that off
+    ageing_seconds: float = Field(1800.0, ge=0)
+    #: seconds between two searches of the whole storage for images that no row knows
+    sweep_seconds: float = Field(86_400.0, gt=0)
+    #: images without a row are left alone for so long
+    orphan_grace_seconds: float = Field(86_400.0, gt=0)
+    #: seconds in which the waiting work should be done; decides how many workers are wanted
+    scale_seconds: float = Field(300.0, gt=0)
+    #: equal failures in a row after which a worker stops pulling a model for a while
+    breaker_failures: int = Field(5, ge=1)
+    #: seconds of the first such rest; each further one is twice as long, up to 16 times
+    breaker_seconds: float = Field(60.0, gt=0)
     #: seconds that an idle worker keeps looking for rows before it waits for a bell
     linger_seconds: float = Field(60.0, ge=0)
     #: seconds between two looks of a lingering worker

@@ -17,7 +17,7 @@ class State(StrEnum):
     SCHEDULED = "scheduled"
     #: may be claimed by any worker that serves its model
     QUEUED = "queued"
-    #: set aside while its batch is paused
+    #: set aside while its batch, tenant or model is paused, or its tenant has no room
     HELD = "held"
     #: leased to one worker
     RENDERING = "rendering"
@@ -51,12 +51,13 @@ MOVES: dict[str, Move] = {
     "succeed": _move({State.RENDERING}, {State.SUCCEEDED}, fenced=True),
     "fail": _move({State.RENDERING}, {State.FAILED}, fenced=True),
     "retry": _move({State.RENDERING}, {State.SCHEDULED, State.CANCELED}, fenced=True),
-    "release": _move({State.RENDERING}, {State.QUEUED, State.CANCELED}, fenced=True),
+    "release": _move({State.RENDERING}, {State.QUEUED, State.HELD, State.CANCELED}, fenced=True),
     "drop": _move({State.RENDERING}, {State.CANCELED}, fenced=True),
     "rescue": _move({State.RENDERING}, {State.QUEUED, State.FAILED, State.CANCELED}),
     "promote": _move({State.SCHEDULED}, {State.QUEUED}),
     "hold": _move({State.QUEUED, State.SCHEDULED}, {State.HELD}),
     "resume": _move({State.HELD}, {State.QUEUED}),
+    "admit": _move({State.HELD}, {State.QUEUED}),
     "cancel": _move({State.QUEUED, State.SCHEDULED, State.HELD}, {State.CANCELED}),
     "resubmit": _move({State.FAILED, State.CANCELED}, {State.QUEUED}),
 }

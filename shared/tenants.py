@@ -29,6 +29,24 @@ class TenantIdentity:
     id: int
     name: str
     weight: float
+    #: may speak for the whole farm
+    operator: bool = False
+
+
+@dataclass(frozen=True)
+class TenantView:
+    """A tenant as operators see it."""
+
+    name: str
+    weight: float
+    paused: bool
+    max_in_flight: int | None
+
+
+def all_tenants(connection: Connection) -> list[TenantView]:
+    """Every tenant, by name."""
+    statement = select(Tenant.name, Tenant.weight, Tenant.paused_at.is_not(None), Tenant.max_in_flight)
+    return [TenantView(*row) for row in connection.execute(statement.order_by(Tenant.name))]
 
 
 def ensure_tenant(connection: Connection, name: str, weight: float = 1.0) -> int:
@@ -41,14 +59,15 @@ def ensure_tenant(connection: Connection, name: str, weight: float = 1.0) -> int
     return connection.execute(select(Tenant.id).where(Tenant.name == name)).scalar_one()
 
 
-def create_key(connection: Connection, tenant_id: int, name: str) -> str:
+def create_key(connection: Connection, tenant_id: int, name: str, *, operator: bool = False) -> str:
     """A new key for a tenant, in clear. This is the only time that it can be seen. Raises `FarmError`."""
     if len(name) > _MAX_NAME or text_fault(name):
         raise FarmError(f"the name of a key must have at most {_MAX_NAME} characters of valid text")
     prefix = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
     key = f"imf_{prefix}_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(key.encode()).digest()
-    connection.execute(insert(ApiKey).values(tenant_id=tenant_id, name=name, prefix=prefix, sha256=digest))
+    row = {"tenant_id": tenant_id, "name": name, "prefix": prefix, "sha256": digest, "operator": operator}
+    connection.execute(insert(ApiKey).values(**row))
     return key
 
 
@@ -56,11 +75,11 @@ def authenticate(connection: Connection, key: str) -> TenantIdentity | None:
     """The tenant of a key, or None. Takes the same path for unknown, wrong and revoked keys."""
     match = _KEY.fullmatch(key)
     row = connection.execute(
-        select(Tenant.id, Tenant.name, Tenant.weight, ApiKey.sha256)
+        select(Tenant.id, Tenant.name, Tenant.weight, ApiKey.operator, ApiKey.sha256)
         .join(ApiKey, ApiKey.tenant_id == Tenant.id)
         .where(ApiKey.prefix == (match[1] if match else ""), ApiKey.revoked_at.is_(None))
     ).one_or_none()
     expected = row.sha256 if row else _NOBODY
     if not hmac.compare_digest(hashlib.sha256(key.encode()).digest(), expected) or row is None:
         return None
-    return TenantIdentity(row.id, row.name, row.weight)
+    return TenantIdentity(row.id, row.name, row.weight, row.operator)

@@ -32,6 +32,9 @@ class Calls:
     def post(self, path: str, **options: Any) -> TestResponse:
         return self._call("POST", path, **options)
 
+    def patch(self, path: str, **options: Any) -> TestResponse:
+        return self._call("PATCH", path, **options)
+
     def delete(self, path: str, **options: Any) -> TestResponse:
         return self._call("DELETE", path, **options)
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -41,10 +41,17 @@ class Process:
     """A child process in a session of its own, with its output in a file; ended with the block."""
 
     def __init__(
-        self, arguments: list[str], settings: Settings, log: Path, cwd: Path | None = None, **extra: str
+        self,
+        arguments: list[str],
+        settings: Settings,
+        log: Path,
+        cwd: Path | None = None,
+        within: Sequence[str] = (),
+        **extra: str,
     ) -> None:
+        """`within` is a command that runs `arguments` somewhere else, such as in a network namespace."""
         self.log = log
-        self._arguments = arguments
+        self._arguments = [*within, *arguments]
         self._cwd = cwd or PROJECT_ROOT
         keep = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
         self._environment = {name: os.environ[name] for name in keep if name in os.environ}
@@ -91,7 +98,9 @@ class Process:
             print(f"--- {self.log.name}\n{self.text()[-5000:]}")
 
 
-def celery_worker(settings: Settings, log: Path, *models: str, cwd: Path | None = None, **extra: str) -> Process:
+def celery_worker(
+    settings: Settings, log: Path, *models: str, cwd: Path | None = None, within: Sequence[str] = (), **extra: str
+) -> Process:
     """A render worker for these models, as `imagefarm worker` starts it."""
     queues = ",".join(queue_name(model) for model in models)
     arguments = [
@@ -99,9 +108,15 @@ def celery_worker(settings: Settings, log: Path, *models: str, cwd: Path | None 
         *("--without-gossip", "--without-mingle", "--without-heartbeat"),
         *("-Q", queues, "-n", f"{log.stem}@%h", "-l", "WARNING"),
     ]
-    return Process(arguments, settings, log, cwd, IMAGEFARM_WORKER_MODELS=",".join(models), C_FORCE_ROOT="1", **extra)
+    serving = {"IMAGEFARM_WORKER_MODELS": ",".join(models), "C_FORCE_ROOT": "1"}
+    return Process(arguments, settings, log, cwd, within, **serving, **extra)
 
 
-def keeper(settings: Settings, log: Path, **extra: str) -> Process:
+def keeper(settings: Settings, log: Path, within: Sequence[str] = (), **extra: str) -> Process:
     """A keeper process."""
-    return Process([sys.executable, "-m", "worker.keeper"], settings, log, **extra)
+    return Process([sys.executable, "-m", "worker.keeper"], settings, log, within=within, **extra)
+
+
+def api_server(settings: Settings, log: Path, within: Sequence[str] = ()) -> Process:
+    """An API process on the address that the settings name."""
+    return Process([sys.executable, "-m", "api.serve"], settings, log, within=within)

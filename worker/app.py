@@ -11,7 +11,7 @@ from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, worker_shutting_down
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 from kombu.entity import Queue
 
 from shared import logs
@@ -19,6 +19,7 @@ from shared.catalogue import load_catalogue
 from shared.errors import SettingsError
 from shared.queue import broker_url, queue_name
 from shared.settings import Settings, load_settings
+from worker.childwatch import ChildWatch
 
 #: Not 0 once the worker is told to stop: written in the parent, read in the child (both share it over the fork). A bare
 #: byte rather than an Event, whose lock stays taken for good when a child is killed while it waits for it.
@@ -81,4 +82,10 @@ def _tell_child(**_: Any) -> None:
     stopping.value = 1
 
 
+@worker_ready.connect
+def _watch_child(**_: Any) -> None:
+    child_watch.start()
+
+
 app = make_app(load_settings())
+child_watch = ChildWatch(load_settings())

@@ -5,6 +5,7 @@ Bounded: at most `MAX_PASSES` rendered passes wait here; then rendering waits (b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -19,12 +20,13 @@ import tenacity
 
 from shared import failpoints
 from shared.catalogue import ModelEntry
-from shared.errors import StorageError
+from shared.errors import Canceled, Interrupted, StorageError
 from shared.keys import image_key, thumbnail_key
-from shared.lifecycle import Failure, Result
+from shared.lifecycle import Failure, Lease, Result
 from shared.services import Services
 from worker.backends import Rendered
 from worker.batching import Task
+from worker.breaker import Breaker
 from worker.encode import encode
 from worker.leases import Leases
 from worker.report import Reporter, failure_of
@@ -33,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: rendered passes that may wait for encoding and upload
 MAX_PASSES = 2
-#: how long a finished image is kept and sent again while the storage is in trouble
-_PATIENCE_SECONDS = 300.0
+#: an image that cannot be stored for so long is tried against the storage's own check: is it the image or the storage?
+_DOUBT_SECONDS = 60.0
 #: work for which another thread pays
 _WORTH_A_THREAD_SECONDS = 0.05
 
@@ -62,10 +64,13 @@ class _Stored:
 class Delivery:
     """Threads that encode and upload images, and one that records whole passes in the order they were rendered."""
 
-    def __init__(self, services: Services, leases: Leases, reporter: Reporter, stopping: threading.Event) -> None:
+    def __init__(
+        self, services: Services, leases: Leases, reporter: Reporter, breaker: Breaker, stopping: threading.Event
+    ) -> None:
         self._storage = services.storage
         self._leases = leases
         self._reporter = reporter
+        self._breaker = breaker
         self._stopping = stopping
         self._threads = services.settings.upload_threads
         #: what an image adds to the delivery of a pass, by the latest one
@@ -73,13 +78,6 @@ class Delivery:
         self._senders = ThreadPoolExecutor(self._threads, thread_name_prefix="delivery")
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix="recorder")
         self._room = threading.BoundedSemaphore(MAX_PASSES)
-        self._patiently = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(StorageError),
-            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.2),
-            stop=self._out_of_patience,
-            before_sleep=self._complain,
-            reraise=True,
-        )
 
     def send(self, rendered: RenderedPass) -> None:
         """Take over a pass; waits while too many are here already."""
@@ -127,9 +125,10 @@ class Delivery:
         picture = rendered.pictures[index]
         encoded = encode(picture.image, spec, model=rendered.entry.name, revision=rendered.entry.revision)
         key = image_key(job.tenant_id, job.batch_id, job.idx, encoded.sha256.hex(), encoded.extension)
+        lease = Lease(job.id, rendered.token)
         if encoded.thumbnail is not None:
-            self._put(thumbnail_key(key), encoded.thumbnail, "image/webp")
-        self._put(key, encoded.data, encoded.content_type)
+            self._put(lease, thumbnail_key(key), encoded.thumbnail, "image/webp")
+        self._put(lease, key, encoded.data, encoded.content_type)
         failpoints.hit("after_upload")
         size = len(rendered.tasks)
         facts = {
@@ -143,12 +142,40 @@ class Delivery:
         }
         return Result(job.id, key, encoded.sha256, rendered.seconds / size, facts)
 
-    def _put(self, key: str, data: bytes, content_type: str) -> None:
-        """Upload, again and again while the storage is in trouble: the image has cost too much to be thrown away."""
-        try:
-            self._storage.put(key, data, content_type=content_type)
-        except StorageError:
-            self._patiently(self._storage.put, key, data, content_type=content_type)
+    def _put(self, lease: Lease, key: str, data: bytes, content_type: str) -> None:
+        """Upload, again and again while the storage is in trouble: the image has cost too much to be thrown away.
+
+        Meanwhile the lease is kept, and rendering waits as soon as `MAX_PASSES` are here: trouble with the storage
+        burns no job. Raises `Canceled` when nobody waits for the image any more, `Interrupted` when the worker must
+        stop, and the `StorageError` itself where only this image is refused.
+        """
+        with contextlib.suppress(StorageError):
+            return self._storage.put(key, data, content_type=content_type)
+        patiently = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(StorageError),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.2),
+            stop=lambda state: self._gives_up(lease, state),
+            before_sleep=self._complain,
+            sleep=self._nap,
+            reraise=True,
+        )
+        patiently(self._storage.put, key, data, content_type=content_type)
+        return None
+
+    def _nap(self, seconds: float) -> None:
+        self._stopping.wait(seconds)
+
+    def _gives_up(self, lease: Lease, state: tenacity.RetryCallState) -> bool:
+        if self._stopping.is_set():
+            raise Interrupted
+        if not self._leases.is_wanted(lease.token, lease.job_id):
+            raise Canceled
+        if (state.seconds_since_start or 0.0) < _DOUBT_SECONDS:
+            return False
+        with contextlib.suppress(StorageError):
+            self._storage.check()
+            return True
+        return False
 
     def _complain(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -156,9 +183,6 @@ class Delivery:
         level = logging.ERROR if state.attempt_number == 1 else logging.WARNING
         logger.log(level, "upload failed, trying again: %s", error)
         self._leases.report_error(f"storage: {error}")
-
-    def _out_of_patience(self, state: tenacity.RetryCallState) -> bool:
-        return self._stopping.is_set() or (state.seconds_since_start or 0.0) > _PATIENCE_SECONDS
 
     def _record(self, rendered: RenderedPass, uploads: Sequence[Future[list[_Stored]]]) -> None:
         try:
@@ -168,10 +192,9 @@ class Delivery:
             failures: list[tuple[Failure, int, float | None]] = []
             for stored in chain.from_iterable(upload.result() for upload in uploads):
                 job = rendered.tasks[stored.index].job
-                if isinstance(stored.error, StorageError) and self._stopping.is_set():
-                    # we had to stop before the storage came back: no fault of the job
+                if isinstance(stored.error, Interrupted):
                     interrupted.append(job.id)
-                elif stored.error is not None:
+                elif stored.error is not None and not isinstance(stored.error, Canceled):
                     failure, wait = failure_of(job.id, stored.error)
                     failures.append((failure, job.own_attempt, wait))
                 elif stored.result is None:
@@ -180,10 +203,14 @@ class Delivery:
                     results.append(stored.result)
             if results:
                 self._reporter.succeed(rendered.token, results)
+                self._breaker.succeeded(rendered.entry.name)
             if failures:
                 self._reporter.give_up(rendered.token, failures)
-            self._reporter.release(rendered.token, interrupted)
+                for failure, _, _ in failures:
+                    self._breaker.failed(rendered.entry.name, failure.outcome, failure.error_class)
             self._reporter.drop(rendered.token, unwanted)
+            self._reporter.release(rendered.token, interrupted, "the worker stopped before it could store the image")
+            self._reporter.admit({task.job.tenant_id for task in rendered.tasks if task.job.capped})
         except Exception:
             # the leases of these jobs run out and they are rendered again; the worker itself goes on
             logger.exception("recording a pass failed")

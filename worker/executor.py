@@ -6,12 +6,13 @@ Nothing here has a time budget: Redis only wakes idle workers, so a running farm
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from sqlalchemy import bindparam, select, text
@@ -19,19 +20,24 @@ from sqlalchemy.dialects.postgresql import ARRAY, TEXT
 
 from shared import failpoints, lifecycle
 from shared.database import transaction
-from shared.errors import Canceled, Interrupted, OutOfMemory, Permanent, Unavailable
+from shared.errors import Canceled, DeviceLost, Interrupted, OutOfMemory, Permanent, Unavailable
 from shared.lifecycle import ClaimedJob
 from shared.models import Batch
 from shared.services import Services
 from worker.backends import Backend, Rendered
 from worker.batching import PassSizes, Task, passes, spec_of
+from worker.breaker import Breaker
 from worker.delivery import Delivery, RenderedPass
+from worker.floors import Floors
 from worker.leases import Leases
+from worker.rates import Rates
 from worker.report import Reporter, failure_of
 from worker.residency import Residency
 
 logger = logging.getLogger(__name__)
 
+#: exit status of a worker whose device must be given up by its process
+EXIT_DEVICE_LOST = 70
 #: batches whose shared parameters are remembered
 _REMEMBERED_BATCHES = 1000
 
@@ -61,16 +67,24 @@ class Executor:
         self._leases = Leases(services, models)
         self._reporter = Reporter(services, self._leases, self._stopping)
         self._residency = Residency(services)
-        self._delivery = Delivery(services, self._leases, self._reporter, self._stopping)
+        self._breaker = Breaker(services.settings)
+        self._rates = Rates()
+        self._delivery = Delivery(services, self._leases, self._reporter, self._breaker, self._stopping)
         self._sizes = PassSizes()
+        self._floors = Floors()
         self._shared: dict[int, dict[str, Any]] = {}
         self._current: str | None = None
         self._current_since = 0.0
         self._doubtful: tuple[str, uuid.UUID] | None = None
 
+    @property
+    def worker_id(self) -> str:
+        """The id under which this worker claims."""
+        return self._leases.worker_id
+
     def start(self) -> None:
         """Register this worker and begin its heartbeats."""
-        self._leases.start(self._residency.names)
+        self._leases.start(self._residency.names, self._rates.view, self._breaker.view)
 
     def stop_soon(self) -> None:
         """Claim nothing more. A pass that is still running after the grace period is interrupted and released."""
@@ -92,6 +106,10 @@ class Executor:
         quiet_since: float | None = None
         passed_on = False
         while not self._stopping.is_set():
+            if self._leases.draining:
+                quiet_since = None
+                self._stopping.wait(self._services.settings.linger_poll_seconds)
+                continue
             try:
                 claim = self._claim()
             except Unavailable as error:
@@ -119,8 +137,11 @@ class Executor:
         if self._doubtful is not None:
             return self._recover_claim(*self._doubtful)
         overdue = time.monotonic() - self._current_since > self._services.settings.affinity_seconds
-        if self._current in self._models and not overdue and (claim := self._claim_of(str(self._current))):
-            return claim
+        current = self._current
+        if current in self._models and not overdue and not self._breaker.rests(str(current)):
+            claim = self._claim_of(str(current))
+            if claim is not None:
+                return claim
         for model in self._models_with_work():
             if claim := self._claim_of(model):
                 if model != self._current or overdue:
@@ -136,19 +157,20 @@ class Executor:
         with transaction(self._services.engine) as connection:
             found = set(connection.execute(_WITH_WORK, {"models": self._models}).scalars())
         start = self._models.index(self._current) + 1 if self._current in self._models else 0
-        return [model for model in self._models[start:] + self._models[:start] if model in found]
+        in_turn = self._models[start:] + self._models[:start]
+        return [model for model in in_turn if model in found and not self._breaker.rests(model)]
 
     def _claim_of(self, model: str) -> _Claim | None:
         token = uuid.uuid4()
         try:
             with transaction(self._services.engine) as connection:
-                jobs = lifecycle.claim(
+                jobs = self._floors.claim(
                     connection,
                     model,
                     worker=self._leases.worker_id,
                     token=token,
                     lease_seconds=self._services.settings.lease_seconds,
-                    limit=self._services.catalogue[model].max_batch,
+                    limit=1 if self._breaker.tries(model) else self._services.catalogue[model].max_batch,
                 )
         except Unavailable:
             # the commit may have happened although its answer did not arrive
@@ -169,8 +191,10 @@ class Executor:
         """Render what was claimed, pass by pass. Each job leaves through delivery or through a report."""
         self._leases.hold(claim.token, [job.id for job in claim.jobs])
         unwanted = [job.id for job in claim.jobs if job.cancel_requested]
+        paused = [job.id for job in claim.jobs if job.paused and not job.cancel_requested]
         self._reporter.drop(claim.token, unwanted)
-        waiting = {job.id: job for job in claim.jobs if not job.cancel_requested}
+        self._reporter.release(claim.token, paused, "its batch, tenant or model is paused")
+        waiting = {job.id: job for job in claim.jobs if not job.cancel_requested and not job.paused}
         try:
             engine = self._engine(claim.model) if waiting else None
             tasks = self._tasks(claim, waiting)
@@ -182,7 +206,7 @@ class Executor:
             self._stop_serving(claim, error, list(waiting))
         except (Interrupted, Unavailable) as error:
             logger.warning("%d job(s) go back to the queue: %s", len(waiting), error)
-            self._reporter.release(claim.token, list(waiting))
+            self._reporter.release(claim.token, list(waiting), str(error))
         except Exception as error:
             logger.exception("a claim failed")
             self._give_up(claim, list(waiting.values()), error)
@@ -238,6 +262,8 @@ class Executor:
             pictures, seconds = self._pass(engine, claim, tasks)
         except Interrupted:
             raise
+        except DeviceLost as error:
+            self._end_process(error)
         except Canceled:
             self._drop(claim, tasks, waiting)
         except Exception as error:
@@ -269,7 +295,18 @@ class Executor:
         started = time.monotonic()
         with self._leases.watched(self._longest_silence(claim.model)):
             pictures = engine.render([task.spec for task in tasks], on_step)
-        return pictures, time.monotonic() - started
+        seconds = time.monotonic() - started
+        self._rates.note(claim.model, len(tasks), sum(task.spec.work for task in tasks), seconds)
+        return pictures, seconds
+
+    def _end_process(self, error: DeviceLost) -> NoReturn:
+        """A CUDA error of this kind stays for as long as the process lives; a fresh one can use the device again.
+
+        The parent sees the end of this process, gives its jobs back as lost, and starts the next.
+        """
+        logger.critical("%s; this worker process ends now", error)
+        self._delivery.flush()
+        os._exit(EXIT_DEVICE_LOST)
 
     def _longest_silence(self, model: str) -> float:
         """Seconds between two steps after which the device counts as hung; a vendor may use its own time-out too."""
@@ -291,6 +328,8 @@ class Executor:
         if failures:
             self._leases.report_error(f"{claim.model}: {failures[0][0].error_class}: {failures[0][0].detail}")
             self._reporter.give_up(claim.token, failures)
+        for failure, _, _ in failures:
+            self._breaker.failed(claim.model, failure.outcome, failure.error_class)
 
     def _stop_serving(self, claim: _Claim, error: Permanent, job_ids: Sequence[int]) -> None:
         """The model cannot be loaded here: an operator's matter that burns no job. Other workers may have it."""
@@ -298,4 +337,4 @@ class Executor:
         self._leases.report_error(f"not serving {claim.model}: {error}")
         self._models.remove(claim.model)
         self._leases.serve(self._models)
-        self._reporter.release(claim.token, job_ids)
+        self._reporter.release(claim.token, job_ids, f"this worker cannot serve the model: {error}")

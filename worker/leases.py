@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Connection, func, update
 from sqlalchemy.dialects.postgresql import insert
@@ -48,14 +49,26 @@ class Leases:
         self._resident: Callable[[], list[str]] = list
         self._images = 0
         self._last_error: str | None = None
+        self._rates: Callable[[], dict[str, Any]] = dict
+        self._resting: Callable[[], dict[str, Any]] = dict
+        #: an operator asked us to claim nothing more
+        self.draining = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     # -- what rendering and delivery tell us
 
-    def start(self, resident: Callable[[], list[str]]) -> None:
-        """Register the worker and begin to send heartbeats. `resident` names the models in memory."""
-        self._resident = resident
+    def start(
+        self,
+        resident: Callable[[], list[str]],
+        rates: Callable[[], dict[str, Any]] = dict,
+        resting: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """Register the worker and begin to send heartbeats.
+
+        They tell the models in memory (`resident`), how fast each is (`rates`), and which are left alone (`resting`).
+        """
+        self._resident, self._rates, self._resting = resident, rates, resting
         self._thread.start()
 
     def hold(self, token: uuid.UUID, job_ids: Iterable[int]) -> None:
@@ -171,22 +184,20 @@ class Leases:
         changing = {
             "models": self._models,
             "resident": self._resident(),
+            "rates": self._rates(),
+            "resting": self._resting(),
             "device": describe(),
             "last_error": self._last_error,
             "heartbeat_at": func.clock_timestamp(),
             "stopped_at": None,
         }
-        connection.execute(
-            insert(Worker)
-            .values(
-                id=self.worker_id,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                images=images,
-                **changing,
-            )
-            .on_conflict_do_update(index_elements=[Worker.id], set_={**changing, "images": Worker.images + images})
-        )
+        row = {"id": self.worker_id, "host": socket.gethostname(), "pid": os.getpid(), "images": images, **changing}
+        statement = insert(Worker).values(**row)
+        kept = {**changing, "images": Worker.images + images}
+        draining_at = connection.execute(
+            statement.on_conflict_do_update(index_elements=[Worker.id], set_=kept).returning(Worker.draining_at)
+        ).scalar_one()
+        self.draining = draining_at is not None
 
     def _exit_if_stalled(self) -> None:
         since, limit = self._silent_since, self._may_be_silent

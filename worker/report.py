@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import tenacity
@@ -74,11 +75,16 @@ class Reporter:
             if over:
                 self._persist(lambda connection: lifecycle.fail(connection, token, over))
 
-    def release(self, token: uuid.UUID, ids: Sequence[int]) -> None:
-        """Put jobs back uncounted: we stop, or cannot serve this model."""
+    def release(self, token: uuid.UUID, ids: Sequence[int], reason: str) -> None:
+        """Put jobs back uncounted: we stop, cannot serve this model, or they are paused."""
         with self._ending(token, ids):
             if ids:
-                self._persist(lambda connection: lifecycle.release(connection, token, ids))
+                self._persist(lambda connection: lifecycle.release(connection, token, ids, reason))
+
+    def admit(self, tenant_ids: Collection[int]) -> None:
+        """Let the next jobs of tenants with a cap in, now that some have ended. The keeper does so too, but later."""
+        for tenant_id in tenant_ids:
+            self._persist(partial(lifecycle.admit, tenant_id=tenant_id))
 
     def drop(self, token: uuid.UUID, ids: Sequence[int]) -> None:
         """End jobs as canceled. Jobs whose lease is lost are not touched by this."""

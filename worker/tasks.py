@@ -12,7 +12,7 @@ from celery.signals import worker_process_init, worker_process_shutdown
 from shared.errors import FarmError
 from shared.queue import DRAIN_TASK
 from shared.services import open_services
-from worker.app import app, served_models, stopping
+from worker.app import app, child_watch, served_models, stopping
 from worker.executor import Executor
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def _open(**_: Any) -> None:
         logger.error("this worker cannot work yet: %s", error)
         return
     _executor.start()
+    child_watch.here(_executor.worker_id)
     threading.Thread(target=_watch, args=(_executor,), name="stop-watch", daemon=True).start()
 
 
@@ -48,6 +49,7 @@ def _watch(executor: Executor) -> None:
 def _close(**_: Any) -> None:
     if _executor is not None:
         _executor.close()
+        child_watch.gone()
 
 
 @app.task(name=DRAIN_TASK)

@@ -13,7 +13,7 @@ def known_rows() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def measure(name: str) -> Row:
+def measure(name: str, **options: float) -> Row:
     """Measure one row."""
-    row: Row = importlib.import_module(f"{__name__}.{name}").measure()
+    row: Row = importlib.import_module(f"{__name__}.{name}").measure(**options)
     return row

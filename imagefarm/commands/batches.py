@@ -95,6 +95,8 @@ def _detail(batch: Batch) -> None:
     for name in ("name", "model", "priority"):
         table.add_row(name, getattr(batch, name))
     table.add_row("state", Text(batch.state, _STYLES.get(batch.state, "")))
+    if batch.state_reason:
+        table.add_row("waits", batch.state_reason)
     table.add_row("jobs", ", ".join(f"{count} {state}" for state, count in batch.counts.items() if count))
     for name in ("created_at", "started_at", "finished_at"):
         moment = getattr(batch, name)

@@ -14,6 +14,8 @@ from imagefarm.console import duration, open_farm, plain_table, say, show
 from imagefarm.records import Model
 from shared.errors import NotFound
 
+_STYLES = {"alive": "green", "silent": "red"}
+
 
 @click.command()
 @click.argument("name", required=False)
@@ -68,18 +70,45 @@ def workers() -> None:
     if not found:
         say("no workers; start one with `imagefarm worker` (or `imagefarm up`)", "yellow")
         return
-    table = plain_table("worker", "host", "device", "serves", "loaded", "images", "heartbeat", "last error")
+    table = plain_table(
+        "worker", "state", "device", "serves", "loaded", "images", "images/s", "heartbeat", "last error"
+    )
     for worker in found:
         age = (datetime.now(UTC) - worker.heartbeat_at).total_seconds() if worker.heartbeat_at else None
         beat = f"{duration(max(0.0, age))} ago" if age is not None else ""
         table.add_row(
             worker.id,
-            worker.host,
+            Text(worker.state, _STYLES.get(worker.state, "yellow")),
             str(worker.device.get("name") or worker.device.get("type") or ""),
             ", ".join(worker.models),
             ", ".join(worker.resident),
             str(worker.images),
-            Text(beat if worker.alive else f"silent, {beat}", "green" if worker.alive else "red"),
-            worker.last_error or "",
+            ", ".join(f"{model} {rate['images_per_second']:.3g}" for model, rate in worker.rates.items()),
+            beat,
+            "; ".join([*(_rest(model, why) for model, why in worker.resting.items()), worker.last_error or ""]).strip(
+                "; "
+            ),
+        )
+    show(table)
+
+
+def _rest(model: str, why: Mapping[str, Any]) -> str:
+    return f"{model} rests {duration(why['seconds'])} after {why['failures']} × {why['error_class']}"
+
+
+@click.command()
+def queues() -> None:
+    """List what waits for each model, and how many workers that calls for."""
+    with open_farm() as farm:
+        found = farm.queues()
+    table = plain_table("model", "queued", "rendering", "held", "scheduled", "oldest", "work left", "workers", "wanted")
+    for queue in found:
+        table.add_row(
+            queue.model,
+            *(str(number or "") for number in (queue.queued, queue.rendering, queue.held, queue.scheduled)),
+            duration(queue.oldest_wait_seconds) if queue.oldest_wait_seconds else "",
+            duration(queue.pending_seconds) if queue.pending_seconds else "",
+            str(queue.live_workers),
+            str(queue.wanted_workers),
         )
     show(table)

@@ -31,6 +31,7 @@ def key() -> None:
     """Make, list and revoke API keys (needs DATABASE_URL).
 
     A key speaks for a tenant: it sees that tenant's batches and nothing else.
+    An operator's key may also control the farm.
     """
 
 
@@ -38,14 +39,16 @@ def key() -> None:
 @click.option("--tenant", required=True, help="Whom the key speaks for; made if it does not exist.")
 @click.option("--name", default="", help="What the key is for.")
 @click.option("--weight", type=click.FloatRange(0, min_open=True), default=1.0, help="Share of a new tenant.")
-def create(tenant: str, name: str, weight: float) -> None:
+@click.option("--operator", is_flag=True, help="May also stop models and tenants, set caps and drain workers.")
+def create(tenant: str, name: str, weight: float, operator: bool) -> None:
     """Make a key and print it. It cannot be shown again.
 
     \b
     imagefarm key create --tenant alice --name laptop
     """
     with _database() as connection:
-        made = tenants.create_key(connection, tenants.ensure_tenant(connection, tenant, weight), name)
+        tenant_id = tenants.ensure_tenant(connection, tenant, weight)
+        made = tenants.create_key(connection, tenant_id, name, operator=operator)
     say(f"a key for {tenant}; it is not stored and cannot be shown again:", "dim")
     click.echo(made)
 
@@ -53,14 +56,15 @@ def create(tenant: str, name: str, weight: float) -> None:
 @key.command("list")
 def list_keys() -> None:
     """List the keys, by the part of them that is no secret."""
-    table = plain_table("key", "tenant", "name", "created", "revoked")
+    table = plain_table("key", "tenant", "name", "operator", "created", "revoked")
     with _database() as connection:
         statement = select(ApiKey, Tenant.name.label("tenant")).join(Tenant, Tenant.id == ApiKey.tenant_id)
         for row in connection.execute(
             statement.with_only_columns(*ApiKey.__table__.columns, Tenant.name.label("tenant")).order_by(ApiKey.id)
         ):
             revoked = f"{row.revoked_at:%Y-%m-%d %H:%M}" if row.revoked_at else ""
-            table.add_row(f"imf_{row.prefix}_…", row.tenant, row.name, f"{row.created_at:%Y-%m-%d %H:%M}", revoked)
+            created, operator = f"{row.created_at:%Y-%m-%d %H:%M}", "yes" if row.operator else ""
+            table.add_row(f"imf_{row.prefix}_…", row.tenant, row.name, operator, created, revoked)
     show(table)
 
 

@@ -43,6 +43,7 @@ _ITEM = re.compile(r"/(?:jobs|prompts)/(\d+)(/.*)?")
 @click.option("--seed", type=int, help="Seed; image k of a prompt gets seed + k.  [default: random]")
 @click.option("--scheduler", help="Sampler, such as ddim or euler.")
 @click.option("--class-index", type=int, help="Class of a class-conditional GAN.")
+@click.option("--keep", metavar="DAYS", type=click.FloatRange(0, min_open=True), help="Delete all of it so long after.")
 @click.option("--watch", is_flag=True, help="Show the progress until all images are done.")
 @click.option("--download", "folder", type=click.Path(file_okay=False, path_type=Path), help="Fetch the images there.")
 @click.option("--template", default=DEFAULT_TEMPLATE, show_default=True, help="Name of each downloaded file.")
@@ -56,6 +57,7 @@ def submit(
     name: str | None,
     priority: str,
     params: tuple[str, ...],
+    keep: float | None,
     watch: bool,
     folder: Path | None,
     template: str,
@@ -89,7 +91,10 @@ def submit(
         batches = []
         for asked, group in _by_model(rows, default).items():
             shared = {**given, **_shared_parameters(params, _parameters_of(known, asked))}
-            batches.append(_submit(farm, asked, group, shared, num_images, name, priority))
+            options = {"num_images": num_images, "name": name, "priority": priority}
+            if keep is not None:
+                options["retention_seconds"] = max(1, round(keep * 86_400))
+            batches.append(_submit(farm, asked, group, shared, options))
             click.echo(batches[-1].id)
             if asked in known and not known[asked].served:
                 say(f"no worker serves {asked} now; the batch waits (`imagefarm worker --models {asked}`)", "yellow")
@@ -139,18 +144,14 @@ def _submit(
     model: str,
     rows: Sequence[PromptRow],
     parameters: Mapping[str, Any],
-    num_images: int,
-    name: str,
-    priority: str,
+    options: Mapping[str, Any],
 ) -> Batch:
     if any(row.parameters for row in rows):
         content: dict[str, Any] = {"jobs": [{"prompt": row.prompt, **row.parameters} for row in rows]}
     else:
         content = {"prompts": [row.prompt for row in rows]}
     try:
-        return farm.submit(
-            **content, model=model, parameters=parameters, num_images=num_images, name=name, priority=priority
-        )
+        return farm.submit(**content, model=model, parameters=parameters, **options)
     except FarmRequestError as error:
         raise FarmError(_by_line(error, rows)) from None
 

@@ -9,6 +9,7 @@ Every function takes an open connection and leaves the transaction to its caller
 
 from __future__ import annotations
 
+import math
 import random
 import uuid
 from collections.abc import Collection, Sequence
@@ -18,12 +19,24 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from shared.lifecycle import statements
-from shared.states import POLICY, Outcome, State
+from shared.states import POLICY, Outcome, Priority, State
 
 #: counter rows of one batch, so that finishing workers seldom meet
 SHARDS = 16
 #: rows that one statement of a mass move touches at most
 CHUNK = 5_000
+
+
+class Position(NamedTuple):
+    """A place in the queue of a model, in claim order."""
+
+    priority: int
+    vt: float
+    id: int
+
+
+#: before every job
+_BEGINNING = Position(-1, -math.inf, 0)
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,22 @@ class ClaimedJob:
     idx: int
     tenant_id: int
     model: str
+    priority: int
+    vt: float
     attempt: int
     lost_count: int
     cancel_requested: bool
+    #: its batch, tenant or model is: to be released, which sets it aside
+    paused: bool
+    #: its tenant has a cap: when it ends, another one may be admitted
+    capped: bool
     prompt: str
     seed: int
     overrides: dict[str, Any] | None
+
+    @property
+    def position(self) -> Position:
+        return Position(self.priority, self.vt, self.id)
 
     @property
     def own_attempt(self) -> int:
@@ -81,19 +104,31 @@ def _shard() -> int:
 
 
 def claim(
-    connection: Connection, model: str, *, worker: str, token: uuid.UUID, lease_seconds: float, limit: int
+    connection: Connection,
+    model: str,
+    *,
+    worker: str,
+    token: uuid.UUID,
+    lease_seconds: float,
+    limit: int,
+    floor: Position | None = None,
 ) -> list[ClaimedJob]:
     """Lease the head job of a model's queue and up to `limit - 1` jobs of the same batch key, in claim order.
 
     `token` is drawn by the caller, who can therefore find the claim again (`claimed`) when the answer to the commit
-    was lost. A job without a batch key is claimed alone.
+    was lost. A job without a batch key is claimed alone. Jobs before `floor` are not looked at, which spares the walk
+    over claimed rows that PostgreSQL cannot remove yet (`worker.floors`).
     """
+    floor = floor or _BEGINNING
     values = {
         "model": model,
         "worker": worker,
         "token": token,
         "lease": lease_seconds,
         "mates": limit - 1,
+        "floor_priority": floor.priority,
+        "floor_vt": floor.vt,
+        "floor_id": floor.id,
         "shard": _shard(),
     }
     return [ClaimedJob(*row) for row in connection.execute(statements.CLAIM, values)]
@@ -170,14 +205,15 @@ def retry(connection: Connection, token: uuid.UUID, failures: Sequence[Failure],
     return _give_up(connection, statements.RETRY, token, failures, delays)
 
 
-def release(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
-    """Put these jobs back as if they had not been claimed: the attempt does not count. A canceled one ends."""
-    return _give_up(
-        connection,
-        statements.RELEASE,
-        token,
-        [Failure(i, Outcome.INTERRUPTED, "interrupted", "the worker stopped") for i in ids],
-    )
+def release(
+    connection: Connection, token: uuid.UUID, ids: Sequence[int], reason: str = "the worker stopped"
+) -> set[int]:
+    """Put these jobs back as if they had not been claimed: the attempt does not count.
+
+    A canceled one ends, a paused one is set aside.
+    """
+    failures = [Failure(i, Outcome.INTERRUPTED, "interrupted", reason) for i in ids]
+    return _give_up(connection, statements.RELEASE, token, failures)
 
 
 def drop(connection: Connection, token: uuid.UUID, ids: Sequence[int]) -> set[int]:
@@ -216,8 +252,8 @@ def promote(connection: Connection, *, limit: int = CHUNK) -> list[str]:
     return list(connection.execute(statements.PROMOTE, {"limit": limit, "shard": _shard()}).scalars())
 
 
-def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int) -> int:
-    values = {"batch": batch_id, "idx": idx, "limit": limit, "shard": _shard()}
+def _move_chunk(connection: Connection, statement: Any, batch_id: int, idx: int | None, limit: int, **more: Any) -> int:
+    values = {"batch": batch_id, "idx": idx, "limit": limit, "shard": _shard(), **more}
     return int(connection.execute(statement, values).scalar_one())
 
 
@@ -243,9 +279,46 @@ def resume(connection: Connection, batch_id: int, idx: int | None = None, *, lim
     return _move_chunk(connection, statements.RESUME, batch_id, idx, limit)
 
 
-def resubmit(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
-    """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0."""
-    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit)
+def resubmit(
+    connection: Connection,
+    batch_id: int,
+    idx: int | None = None,
+    *,
+    states: Collection[State] = (),
+    error_classes: Collection[str] = (),
+    limit: int = CHUNK,
+) -> int:
+    """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0.
+
+    Narrowed to those in `states` and of `error_classes` where these are given.
+    """
+    only = {"states": [str(state) for state in states] or None, "classes": list(error_classes) or None}
+    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit, **only)
     if moved:
         connection.execute(statements.REOPEN_BATCH, {"batch": batch_id})
     return moved
+
+
+def admit(connection: Connection, tenant_id: int) -> list[str]:
+    """Queue as many held jobs of a capped tenant as there is room for. Returns their models.
+
+    Does nothing for a tenant without a cap, whose held jobs are paused (`resume`).
+    """
+    connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
+    return list(connection.execute(statements.ADMIT, {"tenant": tenant_id, "shard": _shard()}).scalars())
+
+
+def hold_excess(connection: Connection, tenant_id: int, *, limit: int = CHUNK) -> int:
+    """Set aside the last queued jobs of a tenant that has more in flight than its cap. Returns how many."""
+    connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
+    values = {"tenant": tenant_id, "limit": limit, "shard": _shard()}
+    return int(connection.execute(statements.HOLD_EXCESS, values).scalar_one())
+
+
+def reprioritize(
+    connection: Connection, batch_id: int, priority: Priority, *, raise_only: bool = False, limit: int = CHUNK
+) -> int:
+    """Put waiting jobs of a batch into a class, or with `raise_only` those of lower classes. Call until 0."""
+    least = priority.rank + 1 if raise_only else 0
+    values = {"batch": batch_id, "priority": priority.rank, "least": least, "limit": limit}
+    return int(connection.execute(statements.REPRIORITIZE, values).scalar_one())

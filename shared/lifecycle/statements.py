@@ -47,15 +47,31 @@ _OUTBOX = """
 
 _ENDED = "lease_token = NULL, lease_expires_at = NULL"
 
+#: of a batch b, its tenant t and what is said about its model m
+PAUSED = "(b.paused_at IS NOT NULL OR t.paused_at IS NOT NULL OR m.paused_at IS NOT NULL)"
+
+_CLAIMED = f"""
+SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.priority, j.vt, j.attempt, j.lost_count,
+       j.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, {PAUSED} AS paused,
+       t.max_in_flight IS NOT NULL AS capped, j.prompt, j.seed, j.overrides"""
+
+_OF_A_BATCH = "JOIN tenant t ON t.id = b.tenant_id LEFT JOIN model_control m ON m.model = b.model"
+
 CLAIM = text(f"""
 WITH head AS MATERIALIZED (
-    SELECT id, batch_key FROM job WHERE {_leaves("claim")} AND model = :model
+    SELECT id, batch_key, priority, vt FROM job
+    WHERE {_leaves("claim")} AND model = :model
+      AND (priority, vt, id)
+        >= (CAST(:floor_priority AS smallint), CAST(:floor_vt AS float8), CAST(:floor_id AS bigint))
     ORDER BY priority, vt, id LIMIT 1 FOR UPDATE SKIP LOCKED),
   mates AS MATERIALIZED (
     SELECT id FROM job
-    WHERE {_leaves("claim")} AND model = :model AND batch_key = (SELECT batch_key FROM head)
-      AND id <> (SELECT id FROM head)
-    ORDER BY priority, vt, id LIMIT :mates FOR UPDATE SKIP LOCKED),
+    WHERE {_leaves("claim")} AND model = :model AND batch_key <= (SELECT batch_key FROM head)
+      -- from the head on: what is before it is locked or done, and what is done may still stand in the index
+      AND (batch_key, priority, vt, id) > ((SELECT batch_key FROM head), (SELECT priority FROM head),
+                                           (SELECT vt FROM head), (SELECT id FROM head))
+    -- a range in this order and not "batch_key = …", for which the planner may walk the whole queue by ix_job_claim
+    ORDER BY batch_key, priority, vt, id LIMIT :mates FOR UPDATE SKIP LOCKED),
   picked AS MATERIALIZED (SELECT id FROM head UNION ALL SELECT id FROM mates),
   moved AS (
     UPDATE job j
@@ -68,15 +84,13 @@ WITH head AS MATERIALIZED (
   started AS (
     UPDATE batch SET started_at = clock_timestamp()
     WHERE id IN (SELECT batch_id FROM moved) AND started_at IS NULL),{_TALLY}
-SELECT m.id, m.batch_id, m.idx, m.tenant_id, m.model, m.attempt, m.lost_count,
-       m.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, m.prompt, m.seed, m.overrides
-FROM moved m JOIN batch b ON b.id = m.batch_id ORDER BY m.priority, m.vt, m.id
+{_CLAIMED}
+FROM moved j JOIN batch b ON b.id = j.batch_id {_OF_A_BATCH} ORDER BY j.priority, j.vt, j.id
 """)
 
 CLAIMED = text(f"""
-SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.attempt, j.lost_count,
-       j.cancel_requested OR b.cancel_requested_at IS NOT NULL AS cancel_requested, j.prompt, j.seed, j.overrides
-FROM job j JOIN batch b ON b.id = j.batch_id
+{_CLAIMED}
+FROM job j JOIN batch b ON b.id = j.batch_id {_OF_A_BATCH}
 WHERE j.state = '{State.RENDERING}' AND j.lease_token = :token ORDER BY j.priority, j.vt, j.id
 """)
 
@@ -158,21 +172,25 @@ FAIL = _unsuccessful(
 )  # fmt: skip
 
 
-def _waits_again(state: State) -> str:
-    """A job that goes back to wait ends here instead where somebody has asked to cancel it."""
-    return f"CASE WHEN j.cancel_requested THEN '{State.CANCELED}' ELSE '{state}' END"
+def _waits_again(state: str) -> str:
+    """A job that goes back to wait ends here instead where somebody has asked to cancel it. `state` is SQL."""
+    return f"CASE WHEN j.cancel_requested THEN '{State.CANCELED}' ELSE {state} END"
 
 
 _ENDS_IF_CANCELED = "finished_at = CASE WHEN j.cancel_requested THEN clock_timestamp() END"
 
 RETRY = _unsuccessful(
-    "retry", _waits_again(State.SCHEDULED),
+    "retry", _waits_again(f"'{State.SCHEDULED}'"),
     "error_detail = f.error_detail,"
     " run_at = CASE WHEN NOT j.cancel_requested THEN clock_timestamp() + make_interval(secs => f.delay) END, "
     + _ENDS_IF_CANCELED,
 )  # fmt: skip
 
-RELEASE = _unsuccessful("release", _waits_again(State.QUEUED), f"attempt = j.attempt - 1, {_ENDS_IF_CANCELED}")
+# what is paused must not stand at the head of the queue again
+_QUEUED_OR_HELD = f"""CASE WHEN EXISTS (SELECT FROM batch b {_OF_A_BATCH} WHERE b.id = j.batch_id AND {PAUSED})
+    THEN '{State.HELD}' ELSE '{State.QUEUED}' END"""
+
+RELEASE = _unsuccessful("release", _waits_again(_QUEUED_OR_HELD), f"attempt = j.attempt - 1, {_ENDS_IF_CANCELED}")
 
 DROP = _unsuccessful("drop", f"'{State.CANCELED}'", "finished_at = clock_timestamp(), cancel_requested = true")
 
@@ -213,12 +231,12 @@ SELECT model FROM moved
 """)
 
 
-def _mass_move(verb: str, enters: State, assignments: str) -> Any:
-    """One chunk of a move of a batch, or of one of its jobs, in order of id."""
+def _mass_move(verb: str, enters: State, assignments: str, only: str = "true") -> Any:
+    """One chunk of a move of a batch, or of one of its jobs, in order of id. `only` narrows it further."""
     return text(f"""
 WITH picked AS MATERIALIZED (
     SELECT id, state FROM job
-    WHERE batch_id = :batch AND (CAST(:idx AS int) IS NULL OR idx = :idx) AND {_leaves(verb)}
+    WHERE batch_id = :batch AND (CAST(:idx AS int) IS NULL OR idx = :idx) AND {_leaves(verb)} AND {only}
     ORDER BY id LIMIT :limit FOR UPDATE),
   moved AS (
     UPDATE job j SET state = '{enters}', {assignments} FROM picked WHERE j.id = picked.id
@@ -237,7 +255,55 @@ RESUBMIT = _mass_move(
     "resubmit", State.QUEUED,
     "attempt = 0, lost_count = 0, cancel_requested = false, error_class = NULL, error_detail = NULL,"
     " finished_at = NULL",
-)  # fmt: skip
+    "(CAST(:states AS text[]) IS NULL OR state = ANY(:states))"
+    " AND (CAST(:classes AS text[]) IS NULL OR error_class = ANY(:classes))",
+).bindparams(bindparam("states", type_=ARRAY(TEXT)), bindparam("classes", type_=ARRAY(TEXT)))  # fmt: skip
+
+# Room is what the cap leaves beside the jobs that are queued or rendered; one transaction at a time looks at it.
+LOCK_ROOM = text("SELECT pg_advisory_xact_lock(7236512, CAST(:tenant AS int))")
+
+_IN_FLIGHT = """
+    SELECT t.id, t.max_in_flight,
+           (SELECT COALESCE(sum(c.queued + c.rendering), 0) FROM batch_counter c JOIN batch b ON b.id = c.batch_id
+            WHERE b.tenant_id = t.id AND b.finished_at IS NULL) AS in_flight
+    FROM tenant t WHERE t.id = :tenant AND t.max_in_flight IS NOT NULL"""
+
+ADMIT = text(f"""
+WITH room AS ({_IN_FLIGHT} AND t.paused_at IS NULL),
+  picked AS MATERIALIZED (
+    SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id LEFT JOIN model_control m ON m.model = j.model
+    WHERE j.{_leaves("admit")} AND j.tenant_id = :tenant AND b.paused_at IS NULL AND m.paused_at IS NULL
+    ORDER BY j.priority, j.vt, j.id
+    LIMIT COALESCE((SELECT GREATEST(max_in_flight - in_flight, 0) FROM room), 0) FOR UPDATE OF j SKIP LOCKED),
+  moved AS (
+    UPDATE job j SET state = '{State.QUEUED}' FROM picked WHERE j.id = picked.id
+    RETURNING j.batch_id, j.model, '{State.HELD}' AS was, '{State.QUEUED}' AS now),{_TALLY}
+SELECT model FROM moved
+""")
+
+HOLD_EXCESS = text(f"""
+WITH room AS ({_IN_FLIGHT}),
+  picked AS MATERIALIZED (
+    SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id
+    WHERE j.state = '{State.QUEUED}' AND b.tenant_id = :tenant AND b.finished_at IS NULL
+    ORDER BY j.priority DESC, j.vt DESC, j.id DESC
+    LIMIT COALESCE((SELECT LEAST(GREATEST(in_flight - max_in_flight, 0), :limit) FROM room), 0)
+    FOR UPDATE OF j SKIP LOCKED),
+  moved AS (
+    UPDATE job j SET state = '{State.HELD}' FROM picked WHERE j.id = picked.id
+    RETURNING j.batch_id, '{State.QUEUED}' AS was, '{State.HELD}' AS now),{_TALLY}
+SELECT count(*) FROM moved
+""")
+
+REPRIORITIZE = text("""
+WITH picked AS MATERIALIZED (
+    SELECT id FROM job
+    WHERE batch_id = :batch AND state IN ('queued', 'scheduled', 'held') AND priority BETWEEN :least AND 2
+      AND priority <> :priority
+    ORDER BY id LIMIT :limit FOR UPDATE),
+  moved AS (UPDATE job SET priority = :priority FROM picked WHERE job.id = picked.id RETURNING job.id)
+SELECT count(*) FROM moved
+""")
 
 #: Before one job is canceled: what a worker is just about to write about it comes either before or after.
 LOCK_JOB = text("SELECT FROM job WHERE batch_id = :batch AND idx = :idx FOR UPDATE")

@@ -21,7 +21,7 @@ class Spec(RenderSpec):
     num_inference_steps: int = Field(1, ge=1, le=1000)
     step_seconds: float = Field(0.0, ge=0, le=60, description="Seconds of each step, whatever the batch.")
     step_image_seconds: float = Field(0.0, ge=0, le=60, description="Seconds of each step for every image of the pass.")
-    fault: Literal["none", "transient", "permanent", "out_of_memory", "crash", "hang"] = Field(
+    fault: Literal["none", "transient", "permanent", "out_of_memory", "device_lost", "crash", "hang"] = Field(
         "none", description="What goes wrong when this job is rendered."
     )
 

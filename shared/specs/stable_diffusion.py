@@ -12,7 +12,7 @@ from shared.specs import Bounds, Limits, RenderSpec, Text, area_faults, size_bou
 #: schedulers by the field's customary names; `worker.backends.stable_diffusion` maps them to diffusers classes
 Scheduler = Literal[
     "ddim", "ddpm", "deis", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "euler", "euler_a",
-    "flow_euler", "heun", "lcm", "lms", "pndm", "tcd", "unipc",
+    "flow_euler", "heun", "lcm", "pndm", "tcd", "unipc",
 ]  # fmt: skip
 
 

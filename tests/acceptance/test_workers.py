@@ -47,6 +47,11 @@ def view(services: Services, tenant: TenantIdentity, batch: uuid.UUID) -> BatchV
         return progress.batch(connection, tenant.id, batch)
 
 
+def workers(services: Services) -> list[progress.WorkerView]:
+    with transaction(services.engine) as connection:
+        return progress.workers(connection, lease_seconds=60)
+
+
 def finished(services: Services, tenant: TenantIdentity, batch: uuid.UUID, seconds: float = 45.0) -> BatchView:
     wait_for(lambda: view(services, tenant, batch).open == 0, seconds, "the end of the batch")
     return view(services, tenant, batch)
@@ -173,19 +178,57 @@ def test_a_worker_that_starts_before_its_storage_works_as_soon_as_it_is_there(
         assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 3
 
 
+def test_the_parent_ends_the_leases_of_a_dead_child_at_once(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    # without a keeper and with a lease that outlasts the test, only the parent can have noticed
+    patient = quick.model_copy(update={"lease_seconds": 600.0})
+    with celery_worker(patient, tmp_path / "worker.log", "fake") as worker:
+        batch = submit_fake(services, tenant, 20, step_seconds=0.1, num_inference_steps=5)
+        wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the first claim")
+        [before] = workers(services)
+        os.kill(int(children_of(worker.pid)[0]), signal.SIGKILL)
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 20
+        [after] = workers(services)
+        assert after.id != before.id, "the dead one is not listed any more"
+    assert_every_image_once(services)
+
+
+def test_storage_trouble_burns_no_attempt_even_where_the_worker_must_stop(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    folder = Path(urlsplit(quick.storage_url).path)
+    with celery_worker(quick, tmp_path / "worker.log", "fake") as worker:
+        finished(services, tenant, submit_fake(services, tenant, 1))
+        aside = folder.rename(folder.with_name("aside"))
+        folder.write_text("in the way")
+        batch = submit_fake(services, tenant, 5)
+        wait_for(lambda: "upload failed" in worker.text(), what="an upload that fails")
+        worker.popen.terminate()
+        assert worker.popen.wait(30) == 0
+    assert view(services, tenant, batch).counts[State.QUEUED] == 5
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(func.max(Job.attempt)).where(Job.state == State.QUEUED)).scalar_one() == 0
+    folder.unlink()
+    aside.rename(folder)
+    with celery_worker(quick, tmp_path / "other.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 5
+
+
 def test_workers_on_two_hosts_share_a_batch_with_only_urls_in_common(
     services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
 ) -> None:
     homes = [tmp_path / "host-a", tmp_path / "host-b"]
     for home in homes:
         home.mkdir()
-    batch = submit_fake(services, tenant, 200, step_seconds=0.2, width=16, height=16)
     with (
         celery_worker(quick, tmp_path / "a.log", "fake", cwd=homes[0], HOME=str(homes[0])),
         celery_worker(quick, tmp_path / "b.log", "fake", cwd=homes[1], HOME=str(homes[1])),
         keeper(quick, tmp_path / "keeper.log"),
     ):
-        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 200
+        wait_for(lambda: len(workers(services)) == 2, what="both workers")
+        batch = submit_fake(services, tenant, 400, step_seconds=0.3, width=16, height=16)
+        assert finished(services, tenant, batch).counts[State.SUCCEEDED] == 400
     assert_every_image_once(services)
     with transaction(services.engine) as connection:
         by_worker = connection.execute(select(Attempt.worker_id, func.count()).group_by(Attempt.worker_id)).all()
@@ -279,6 +322,20 @@ def test_a_job_that_kills_workers_takes_no_rendered_image_along(
     with celery_worker(quick, tmp_path / "worker.log", "fake"), keeper(quick, tmp_path / "keeper.log"):
         done = finished(services, tenant, batch)
     assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (1, 1)
+
+
+def test_a_lost_device_ends_its_process_and_the_next_one_goes_on(
+    services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
+) -> None:
+    jobs = [{"prompt": "x", "fault": "device_lost"}, *[{"prompt": "y"}] * 5]
+    planned = plan(services.catalogue["fake"], {}, jobs=jobs, max_jobs=10)
+    batch = submit(services, tenant, planned).public_id
+    with celery_worker(quick, tmp_path / "worker.log", "fake") as worker, keeper(quick, tmp_path / "k.log"):
+        done = finished(services, tenant, batch)
+        assert "this job asks to lose the device; this worker process ends now" in worker.text()
+    assert (done.counts[State.SUCCEEDED], done.counts[State.FAILED]) == (5, 1)
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Job.error_class).where(Job.state == State.FAILED)).scalar_one() == "poison"
 
 
 def test_a_worker_without_its_settings_says_what_is_missing(tmp_path: Path, settings: Settings) -> None:

@@ -238,8 +238,8 @@ def diffusion(subjects: dict[str, Subject], open_model: Callable[[ModelEntry], B
     return open_model(subjects["stable_diffusion"].entry)
 
 
-#: of another family than this pipeline, or in need of an optional package
-_NOT_HERE = {"flow_euler", "lms", "lcm", "tcd"}
+#: of another family than this pipeline
+_NOT_HERE = {"flow_euler", "lcm", "tcd"}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - _NOT_HERE))
@@ -255,6 +255,15 @@ def test_a_scheduler_that_does_not_fit_is_refused(diffusion: Backend, subjects: 
     with pytest.raises(Permanent) as caught:
         render(diffusion, specs(subjects["stable_diffusion"], 1, scheduler=name))
     assert caught.value.reason == "unsupported_parameter"
+
+
+def test_a_network_that_overflows_gives_no_image(diffusion: Backend, subjects: dict[str, Subject]) -> None:
+    pipeline: Any = vars(diffusion)["_pipeline"]
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match="invalid value"), pytest.raises(Permanent) as caught:
+        render(diffusion, specs(subjects["stable_diffusion"], 1))
+    assert caught.value.reason == "invalid_image"
 
 
 def test_every_scheduler_of_the_spec_is_known_to_the_engine() -> None:

@@ -37,13 +37,14 @@ def _with_bucket(server: S3Server) -> S3Server:
 
 
 @contextlib.contextmanager
-def moto_server() -> Iterator[S3Server]:
+def moto_server(host: str = "127.0.0.1") -> Iterator[S3Server]:
     """Moto: starts in a second, but believes every signature and every expiry."""
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    command = [sys.executable, "-m", "moto.server", "-H", host, "-p", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None
-            found = next(filter(None, (re.search(r"http://127[\d.:]+", line) for line in process.stdout)), None)
+            address = re.compile(rf"http://{re.escape(host)}:\d+")
+            found = next(filter(None, map(address.search, process.stdout)), None)
             assert found, "moto did not start"
             drain = threading.Thread(target=process.stdout.read)  # a full pipe would stop it
             drain.start()

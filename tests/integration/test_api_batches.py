@@ -58,7 +58,7 @@ def test_a_batch_is_accepted_stored_and_announced(api: Calls, bells: redis.Redis
     assert "Idempotency-Replayed" not in answer.headers
     assert set(body) == {
         "id", "object", "name", "model", "priority", "state", "job_count", "counts", "parameters", "created_at",
-        "started_at", "finished_at", "images_per_second", "eta_seconds", "links",
+        "started_at", "finished_at", "images_per_second", "eta_seconds", "retention_seconds", "state_reason", "links",
     }  # fmt: skip
     assert (body["object"], body["name"], body["model"], body["priority"]) == ("batch", "foxes", "fake", "high")
     assert (body["state"], body["job_count"], body["started_at"]) == ("queued", 4, None)

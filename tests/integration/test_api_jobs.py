@@ -48,9 +48,11 @@ def test_a_waiting_job(api: Calls) -> None:
         "id": job_id, "object": "job", "batch_id": batch["id"], "index": 0, "model": "fake", "state": "queued",
         "prompt": "a fox", "seed": 5, "parameters": parameters, "attempt": 0, "cancel_requested": False,
         "run_at": None, "worker": None, "error": None, "image": None, "finished_at": None, "attempts": [],
+        "state_reason": "no live worker serves fake", "queue_position": 0, "eta_seconds": None,
         "links": {"self": f"/api/v1/jobs/{job_id}", "batch": f"/api/v1/batches/{batch['id']}"},
     }  # fmt: skip
     del body["attempts"]
+    body["queue_position"] = None  # counted where one job is asked for
     assert api.jobs(batch) == [body]
 
 
@@ -285,7 +287,7 @@ def test_workers_are_listed(api: Calls, services: Services) -> None:
     [worker] = (api.get("/workers").json or {})["data"]
     assert set(worker) == {
         "id", "host", "pid", "models", "resident", "device", "images", "last_error", "started_at", "heartbeat_at",
-        "alive",
+        "alive", "rates", "resting", "draining_at", "state",
     }  # fmt: skip
     assert (worker["id"], worker["models"], worker["device"], worker["alive"]) == (
         "w1", ["fake"], {"name": "none"}, True,

@@ -35,7 +35,7 @@ def test_submit_wait_and_look(farm: Farm) -> None:
     jobs = list(batch.jobs())
     assert [(job.index, job.prompt, job.seed) for job in jobs] == [(0, "a", 7), (1, "a", 8), (2, "b", 7), (3, "b", 8)]
     assert all(job.done and job.image and job.image.width == 32 for job in jobs)
-    assert jobs[0].refresh() == farm.job(jobs[0].id)
+    assert jobs[0].refresh().id == jobs[0].id
     assert farm.batch(batch.id).parameters["width"] == 32
     assert next(farm.batches()).id == batch.id
 

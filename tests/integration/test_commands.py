@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagefarm import Batch, Farm, FarmRequestError
-from tests.farm import free_port
+from tests.farm import free_port, wait_for
 from tests.integration.conftest import Run
 
 
@@ -144,3 +144,47 @@ def test_doctor_finds_the_farm_well(run: Run, monkeypatch: pytest.MonkeyPatch) -
     marks = {line.split()[1]: line.split()[0] for line in result.stdout.splitlines()}
     assert {marks[name] for name in ("PostgreSQL", "Redis", "storage", "catalogue", "API")} == {"✔"}
     assert "1 worker(s) alive" in result.stdout
+
+
+def test_control(run: Run, farm: Farm) -> None:
+    slow = farm.submit(["p"] * 200, model="fake", parameters={"step_image_seconds": 0.05}, name="slow")
+    batch = farm.submit(["p"] * 3, model="fake", priority="low", retention_seconds=86_400)
+    assert "is paused: its batch is paused" in run("pause", batch.id).stderr
+    assert "waits       its batch is paused" in run("status", batch.id).stdout
+    assert batch.refresh().retention_seconds == 86_400
+    assert run("prioritize", batch.id, "high").exit_code == 0
+    assert batch.refresh().priority == "high"
+    assert "goes on" in run("resume", batch.id).stderr
+    assert batch.wait(30).succeeded == 3
+    assert "is called off" in run("cancel", slow.id).stderr
+    canceled = slow.wait(30)
+    again = next(canceled.jobs(["canceled"]))
+    assert run("pause", "--model", "fake").exit_code == 0
+    assert "1 job is queued again" in run("retry", again.id).stderr
+    wait_for(lambda: again.refresh().state_reason == "the model fake is paused", what="the reason")
+    assert "fake" in run("queues").stdout
+    assert run("resume", "--model", "fake").exit_code == 0
+    assert again.wait(30).state == "succeeded"
+    failed = farm.submit(jobs=[{"prompt": "x", "fault": "permanent"}], model="fake").wait(30)
+    assert "0 jobs are queued again" in run("retry", failed.id, "--error-class", "other").stderr
+    assert "1 job is queued again" in run("retry", failed.id, "--error-class", "asked_for").stderr
+    for wrong in (("pause",), ("retry", "nonsense"), ("prioritize", batch.id, "urgent")):
+        assert run(*wrong).exit_code in (1, 2)
+
+
+def test_operating(run: Run, farm: Farm) -> None:
+    [worker] = [one for one in farm.workers() if one.alive]
+    assert "claims nothing more" in run("drain", worker.host).stderr
+    wait_for(lambda: farm.workers()[0].state == "draining", what="the drain to be noticed")
+    batch = farm.submit("p", model="fake")
+    assert batch.refresh().state_reason == "no live worker serves fake"
+    assert "claims again" in run("undrain", worker.id).stderr
+    assert batch.wait(30).succeeded == 1
+    assert "no worker's id begins with" in run("drain", "nobody").stderr
+    assert "local" in run("tenants").stdout
+    assert run("cap", "local", "5").exit_code == 0
+    assert "at most 5" in run("tenants").stdout
+    assert farm.submit(["p"] * 40, model="fake").wait(30).succeeded == 40
+    assert run("cap", "local", "none").exit_code == 0
+    assert run("cap", "local", "0").exit_code == 2
+    assert "no tenant" in run("cap", "nobody", "3").stderr

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 
 import redis
 from sqlalchemy import func, select, text, update
 
 from shared import lifecycle
 from shared.database import transaction
-from shared.lifecycle import Failure
+from shared.keys import image_key, place_of, thumbnail_key
+from shared.lifecycle import Failure, Result
 from shared.models import Batch, BatchCounter, Job, WebhookOutbox
 from shared.queue import MAX_BELLS, queue_name
 from shared.services import Services
-from shared.states import Outcome, State
+from shared.states import Outcome, Priority, State
 from shared.tenants import TenantIdentity
+from tests.farm import wait_for
 from tests.integration.test_lifecycle import assert_counters_match, claim, result, submit_jobs
-from worker.keeper import finish_cancel, fold, keeper_services, promote, rescue, ring
+from worker.keeper import age, finish_cancel, fold, keeper_services, promote, prune, rescue, ring, sweep
 from worker.keeper.leader import Leader
 
 
@@ -27,11 +30,13 @@ def states(services: Services) -> list[str]:
 
 
 def test_all_services_are_found_in_the_folder() -> None:
-    assert set(keeper_services()) == {"finish_cancel", "fold", "promote", "rescue", "ring"}
+    assert set(keeper_services()) == {
+        "admit", "age", "finish_cancel", "fold", "hold", "promote", "prune", "rates", "rescue", "ring", "sweep",
+    }  # fmt: skip
 
 
 def test_every_service_is_harmless_when_there_is_nothing_to_do(services: Services) -> None:
-    assert [run(services) for run in keeper_services().values()] == [0] * 5
+    assert {run(services) for run in keeper_services().values()} == {0}
 
 
 def test_rescue_queues_expired_jobs_and_rings(services: Services, tenant: TenantIdentity, bells: redis.Redis) -> None:
@@ -103,7 +108,7 @@ def test_a_closed_batch_opens_again_when_its_jobs_are_resubmitted(services: Serv
     assert fold.run(services) == 0
 
 
-def test_a_half_done_cancelation_is_finished(services: Services, tenant: TenantIdentity) -> None:
+def test_a_half_done_cancellation_is_finished(services: Services, tenant: TenantIdentity) -> None:
     submit_jobs(services, tenant, 4)
     with transaction(services.engine) as connection:
         connection.execute(update(Batch).values(cancel_requested_at=func.clock_timestamp()))
@@ -118,10 +123,72 @@ def test_one_keeper_leads_and_another_takes_over(services: Services) -> None:
         connection.execute(
             text(
                 "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             )
         )
-    assert second.leads()
+    wait_for(second.leads, what="the lock to be free")
     assert not first.leads()
     second.resign()
     assert first.leads()
     first.resign()
+
+
+def test_what_waits_long_rises_and_never_starves(services: Services, tenant: TenantIdentity) -> None:
+    low = submit_jobs(services, tenant, 6_000)
+    with transaction(services.engine) as connection:
+        assert lifecycle.reprioritize(connection, low, Priority.LOW, limit=10_000) == 6_000
+        connection.execute(update(Batch).values(priority=Priority.LOW.rank))
+    assert age.run(services) == 0
+    submit_jobs(services, tenant, 1)
+    with transaction(services.engine) as connection:
+        hours = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, 2000)
+        connection.execute(update(Batch).where(Batch.id == low).values(created_at=hours))
+    assert age.run(services) == 6_000
+    assert age.run(services) == 0
+    with transaction(services.engine) as connection:
+        ranks = connection.execute(select(Job.priority).where(Job.batch_id == low).distinct()).scalars().all()
+        assert ranks == [Priority.NORMAL.rank]
+        assert claim(connection)[0].batch_id == low
+
+
+def test_expired_batches_are_pruned_with_their_images(services: Services, tenant: TenantIdentity) -> None:
+    kept, expiring = submit_jobs(services, tenant), submit_jobs(services, tenant)
+    for batch_id in (kept, expiring):
+        with transaction(services.engine) as connection:
+            [job] = claim(connection)
+            key = image_key(tenant.id, batch_id, 0, "0" * 64, "png")
+            lifecycle.succeed(connection, uuid.UUID(int=7), [Result(job.id, key, b"\0" * 32, 0.1, {})])
+        services.storage.put(key, b"picture", content_type="image/png")
+    fold.run(services)
+    with transaction(services.engine) as connection:
+        connection.execute(update(Batch).values(retention_seconds=3600))
+    assert prune.run(services) == 0, "not yet"
+    with transaction(services.engine) as connection:
+        long_ago = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 2)
+        connection.execute(update(Batch).where(Batch.id == expiring).values(finished_at=long_ago))
+    assert prune.run(services) == 1
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Job.batch_id)).scalars().all() == [kept]
+    assert [place_of(info.key) for info in services.storage.list("t/")] == [(kept, 0)]
+
+
+def test_images_without_a_row_are_swept_after_their_grace(services: Services, tenant: TenantIdentity) -> None:
+    batch_id = submit_jobs(services, tenant, 2)
+    key = image_key(tenant.id, batch_id, 0, "0" * 64, "png")
+    with transaction(services.engine) as connection:
+        [job] = claim(connection)
+        lifecycle.succeed(connection, uuid.UUID(int=7), [Result(job.id, key, b"\0" * 32, 0.1, {})])
+    late = image_key(tenant.id, batch_id, 0, "1" * 64, "png")
+    unrecorded = image_key(tenant.id, batch_id, 1, "2" * 64, "png")
+    nobodys = image_key(tenant.id, 99, 0, "3" * 64, "png")
+    known = {key, thumbnail_key(key), "t/not/of/ours.txt"}
+    for name in (*known, late, thumbnail_key(late), unrecorded, nobodys):
+        services.storage.put(name, b"picture", content_type="image/png")
+
+    def swept(grace: float) -> int:
+        settings = services.settings.model_copy(update={"orphan_grace_seconds": grace, "sweep_seconds": 0.0})
+        return sweep.run(replace(services, settings=settings))
+
+    assert swept(3600) == 0
+    assert swept(0.0) == 4
+    assert {info.key for info in services.storage.list("t/")} == known

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from shared import lifecycle
 from shared.database import transaction
 from shared.lifecycle import Failure, Lease, Result
-from shared.models import Attempt, Batch, BatchCounter, Job, WebhookOutbox
+from shared.models import Attempt, Batch, BatchCounter, Job, Tenant, WebhookOutbox
 from shared.plan import plan
 from shared.services import Services
 from shared.states import MOVES, POISON, Outcome, State
@@ -86,6 +86,7 @@ VERBS: dict[str, Callable[[Connection, int, int], object]] = {
     "promote": lambda c, batch, job: lifecycle.promote(c),
     "hold": lambda c, batch, job: lifecycle.hold(c, batch),
     "resume": lambda c, batch, job: lifecycle.resume(c, batch),
+    "admit": lambda c, batch, job: lifecycle.admit(c, 1),
     "cancel": lambda c, batch, job: lifecycle.cancel(c, batch),
     "resubmit": lambda c, batch, job: lifecycle.resubmit(c, batch),
 }
@@ -103,6 +104,8 @@ def test_a_verb_leaves_only_the_states_it_names(
     batch_id = submit_jobs(services, tenant)
     with transaction(services.engine) as connection:
         job_id = put_into(connection, batch_id, state)
+        if verb == "admit":
+            connection.execute(update(Tenant).values(max_in_flight=1))
         answer = VERBS[verb](connection, batch_id, job_id)
         after = state_of(connection, job_id)
         assert_counters_match(connection)

@@ -84,3 +84,27 @@ def test_a_database_that_is_away_is_said_so(redis_url: str) -> None:
     engine = open_engine(settings_for("postgresql://127.0.0.1:1/x", redis_url, "file:///nowhere"), "tests")
     with pytest.raises(Unavailable):
         schema.upgrade(engine)
+
+
+def test_old_processes_live_on_the_new_schema(empty_engine: Engine) -> None:
+    """A rolling upgrade migrates first: what older versions read is still there, what they do not write is optional."""
+
+    def columns() -> dict[tuple[str, str], bool]:
+        """Whether a row can do without it, by table and column."""
+        look = text(
+            "SELECT table_name, column_name, is_nullable = 'YES' OR column_default IS NOT NULL OR is_identity = 'YES'"
+            " FROM information_schema.columns WHERE table_schema = 'public' AND table_name <> 'alembic_version'"
+        )
+        with empty_engine.connect() as connection:
+            return {(table, column): optional for table, column, optional in connection.execute(look)}
+
+    revisions = [script.revision for script in schema.revisions()]
+    schema.upgrade(empty_engine, revisions[0])
+    for revision in revisions[1:]:
+        before = columns()
+        schema.upgrade(empty_engine, revision)
+        after = columns()
+        assert before.keys() <= after.keys(), f"{revision} takes away what older processes use"
+        tables = {table for table, _ in before}
+        added = {key: optional for key, optional in after.items() if key not in before and key[0] in tables}
+        assert all(added.values()), f"{revision} asks older processes for what they do not know"

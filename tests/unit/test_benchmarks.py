@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.measure import Row, interleave, keep
+from benchmarks.measure import Row, interleave, keep, percentile
 from benchmarks.rows import known_rows
 from shared.settings import PROJECT_ROOT
 
@@ -27,6 +27,12 @@ def test_sides_are_measured_in_turn() -> None:
     samples = interleave(sides, 3)
     assert order == ["a", "b"] * 3
     assert samples == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    values = [float(number) for number in range(100, 0, -1)]
+    assert [percentile(values, percent) for percent in (0, 1, 50, 99, 100)] == [1.0, 1.0, 50.0, 99.0, 100.0]
+    assert percentile([7.0], 99) == 7.0
 
 
 def test_rows_are_appended_with_machine_versions_and_samples(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from shared.catalogue import ModelEntry
-from shared.errors import OutOfMemory, Permanent, Transient
+from shared.errors import DeviceLost, OutOfMemory, Permanent, Transient
 from shared.settings import Settings
 from shared.specs import RenderSpec
 from shared.specs.fake import Spec
@@ -63,6 +63,8 @@ def _misbehave(job: Spec) -> None:
             raise Permanent("this job asks for a permanent fault", code="asked_for")
         case "out_of_memory":
             raise OutOfMemory("this job asks to run out of memory")
+        case "device_lost":
+            raise DeviceLost("this job asks to lose the device")
         case "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from shared.catalogue import ModelEntry
-from shared.errors import OutOfMemory, Permanent, Transient
+from shared.errors import DeviceLost, OutOfMemory, Permanent, Transient
 from shared.settings import Settings
 from shared.specs import RenderSpec
 from shared.specs.stable_diffusion import Spec
@@ -35,7 +35,6 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
@@ -124,10 +123,15 @@ class Backend:
         except RuntimeError as error:
             if "allocate memory" in str(error):
                 raise OutOfMemory(_short(error)) from error
+            if "CUDA error" in str(error):
+                raise DeviceLost(_short(error)) from error
             raise Transient(f"the engine failed: {_short(error)}") from error
         on_step(first.num_inference_steps, first.num_inference_steps)
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(jobs)
         for image in output.images:
+            # not-a-number becomes 0, so a network that overflowed draws in black
+            if all(high == 0 for _, high in image.convert("RGB").getextrema()):
+                raise Permanent("the model drew nothing but black; a wider dtype may help", code="invalid_image")
             if image.size != (first.width, first.height):
                 raise Permanent(
                     f"asked for {first.width}×{first.height}, the model drew {image.width}×{image.height}",

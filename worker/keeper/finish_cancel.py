@@ -1,10 +1,10 @@
-"""Finishes the cancelation of batches that are too large for one request, or whose API process died half-way."""
+"""Finishes the cancellation of batches that are too large for one request, or whose API process died half-way."""
 
 import time
 
 from sqlalchemy import select
 
-from shared import lifecycle
+from shared import control, lifecycle
 from shared.database import transaction
 from shared.models import Batch
 from shared.services import Services
@@ -24,6 +24,6 @@ def run(services: Services) -> int:
         moved = lifecycle.CHUNK
         while moved == lifecycle.CHUNK and time.monotonic() < deadline:
             with transaction(services.engine) as connection:
-                moved = lifecycle.cancel(connection, batch_id)
+                moved = control.cancel_chunk(connection, batch_id)
             total += moved
     return total

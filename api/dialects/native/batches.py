@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from http import HTTPStatus
 from typing import cast
 
@@ -17,10 +18,11 @@ from api.dialects.native.images import image_answer
 from api.dialects.native.schemas import Batch, BatchPath, Job
 from api.parameters import NoQuery
 from api.problems import documented
-from shared import control, ids, progress
+from shared import control, ids, progress, waiting
 from shared.database import transaction
 from shared.errors import Fault, InvalidInput
 from shared.plan import plan
+from shared.states import State
 from shared.submit import Idempotency, submit
 
 blueprint = guarded_blueprint(
@@ -55,7 +57,15 @@ def submit_batch(header: schemas.SubmitHeaders, query: NoQuery, body: schemas.Ba
         num_images=body.num_images,
         max_jobs=services.settings.max_batch_jobs,
     )
-    submitted = submit(services, tenant(), planned, name=body.name, priority=body.priority, idempotency=idempotency)
+    submitted = submit(
+        services,
+        tenant(),
+        planned,
+        name=body.name,
+        priority=body.priority,
+        idempotency=idempotency,
+        retention_seconds=body.retention_seconds,
+    )
     with transaction(services.engine) as connection:
         answer = Batch.of(progress.batch(connection, tenant().id, submitted.public_id))
     replayed = {"Idempotency_Replayed": "true"} if submitted.replayed else {}
@@ -79,9 +89,40 @@ def list_batches(query: schemas.ListQuery) -> Response:
 )
 def get_batch(path: BatchPath, query: NoQuery) -> Response:
     """See how a batch stands."""
+    return _answer(ids.parse_batch_id(path.batch_id)).response()
+
+
+@blueprint.patch(
+    "/batches/<batch_id>",
+    operation_id="change_batch",
+    responses={200: Batch, **documented("not-found")},
+)
+def change_batch(path: BatchPath, query: NoQuery, body: schemas.BatchChange) -> Response:
+    """Pause a batch or let it go on, or put it into another priority class."""
+    services, public_id = context().services, ids.parse_batch_id(path.batch_id)
+    if body.priority is not None:
+        control.set_priority(services, tenant().id, public_id, body.priority)
+    if body.paused is not None:
+        (control.pause_batch if body.paused else control.resume_batch)(services, tenant().id, public_id)
+    return _answer(public_id).response()
+
+
+@blueprint.post(
+    "/batches/<batch_id>/retry",
+    operation_id="retry_batch",
+    responses={HTTPStatus.ACCEPTED: schemas.Retried, **documented("not-found")},
+)
+def retry_batch(path: BatchPath, query: NoQuery, body: schemas.RetryRequest) -> Response:
+    """Render failed jobs again, with a clean record; narrowed by error class."""
     public_id = ids.parse_batch_id(path.batch_id)
-    with transaction(context().services.engine) as connection:
-        return Batch.of(progress.batch(connection, tenant().id, public_id)).response()
+    retried = control.retry_batch(
+        context().services,
+        tenant().id,
+        public_id,
+        states=[State(state) for state in body.states],
+        error_classes=body.error_classes,
+    )
+    return schemas.Retried(retried=retried, batch=_answer(public_id)).response(HTTPStatus.ACCEPTED)
 
 
 @blueprint.delete(
@@ -107,11 +148,25 @@ def list_jobs(path: BatchPath, query: schemas.JobsQuery) -> Response:
     """List the jobs of a batch, in order."""
     services, public_id = context().services, ids.parse_batch_id(path.batch_id)
     with transaction(services.engine) as connection:
+        batch_id = progress.internal_batch_id(connection, tenant().id, public_id)
         page = progress.jobs(
             connection, tenant().id, public_id, states=query.state, cursor=query.cursor, limit=query.limit
         )
-    data = [Job.of(view, image_answer(services, view)) for view in page.items]
+        found = waiting.circumstances(connection, batch_id, lease_seconds=services.settings.lease_seconds)
+    data = [
+        Job.of(view, image_answer(services, view), state_reason=found.reason(view.state, view.run_at))
+        for view in page.items
+    ]
     return schemas.JobList(data=data, next_cursor=page.next_cursor).response()
+
+
+def _answer(public_id: uuid.UUID) -> Batch:
+    services = context().services
+    with transaction(services.engine) as connection:
+        view = progress.batch(connection, tenant().id, public_id)
+        lease_seconds = services.settings.lease_seconds
+        reason = waiting.of_batch(connection, view, lease_seconds=lease_seconds) if view.open else None
+    return Batch.of(view, reason)
 
 
 def _idempotency(key: str | None) -> Idempotency | None:

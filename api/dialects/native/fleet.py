@@ -5,13 +5,13 @@ from __future__ import annotations
 from flask import Response
 from flask_openapi3.models.tag import Tag
 
-from api.auth import guarded_blueprint
+from api.auth import guarded_blueprint, require_operator
 from api.context import context
 from api.dialects.native import schemas
 from api.dialects.native.schemas import Model, Worker
 from api.parameters import NoQuery
 from api.problems import documented
-from shared import progress
+from shared import control, progress
 from shared.database import transaction
 from shared.errors import NotFound
 
@@ -35,6 +35,20 @@ def get_model(path: schemas.ModelPath, query: NoQuery) -> Response:
     if entry is None:
         raise NotFound("There is no such model.")
     return Model.of(entry, entry.name in _served()).response()
+
+
+@blueprint.patch(
+    "/models/<name>",
+    operation_id="change_model",
+    responses={200: schemas.ModelChanged, **documented("forbidden", "not-found")},
+)
+def change_model(path: schemas.ModelPath, query: NoQuery, body: schemas.ModelChange) -> Response:
+    """Stop or go on rendering with a model, everywhere. New batches for it are taken and wait."""
+    require_operator()
+    if path.name not in context().services.catalogue:
+        raise NotFound("There is no such model.")
+    control.pause_model(context().services, path.name, body.paused)
+    return schemas.ModelChanged(name=path.name, paused=body.paused).response()
 
 
 @blueprint.get("/workers", operation_id="list_workers", responses={200: schemas.WorkerList})

@@ -15,8 +15,9 @@ from api.dialects.native.images import image_answer, image_link
 from api.dialects.native.schemas import Job, JobDetail, JobPath
 from api.parameters import NoQuery
 from api.problems import documented
-from shared import control, ids, progress
+from shared import control, ids, progress, waiting
 from shared.database import transaction
+from shared.errors import Conflict
 from shared.progress import JobView
 from shared.states import FINAL
 
@@ -43,8 +44,16 @@ def get_job(path: JobPath, query: schemas.WaitQuery) -> Response:
     view = _wait(path.job_id, query.wait) if query.wait else _look(path.job_id)
     with transaction(services.engine) as connection:
         attempts = progress.attempts(connection, view.batch_id, view.idx)
+        waits = waiting.of_job(connection, view, lease_seconds=services.settings.lease_seconds)
     answers = [schemas.Attempt.of(attempt) for attempt in attempts]
-    return JobDetail.of(view, image_answer(services, view), attempts=answers).response()
+    return JobDetail.of(
+        view,
+        image_answer(services, view),
+        attempts=answers,
+        state_reason=waits.reason,
+        queue_position=waits.ahead,
+        eta_seconds=waits.eta_seconds,
+    ).response()
 
 
 @blueprint.get(
@@ -76,6 +85,20 @@ def cancel_job(path: JobPath, query: NoQuery) -> Response:
     """Call a job off: at once where it waits, within a moment where it is being rendered."""
     services = context().services
     control.cancel_job(services, tenant().id, *ids.parse_job_id(path.job_id))
+    view = _look(path.job_id)
+    return Job.of(view, image_answer(services, view)).response(HTTPStatus.ACCEPTED)
+
+
+@blueprint.post(
+    "/jobs/<job_id>/retry",
+    operation_id="retry_job",
+    responses={HTTPStatus.ACCEPTED: Job, **documented("not-found", "conflict")},
+)
+def retry_job(path: JobPath, query: NoQuery) -> Response:
+    """Render a failed or canceled job again, with a clean record."""
+    services = context().services
+    if not control.retry_job(services, tenant().id, *ids.parse_job_id(path.job_id)):
+        raise Conflict(f"Only failed and canceled jobs can be retried; this one is {_look(path.job_id).state}.")
     view = _look(path.job_id)
     return Job.of(view, image_answer(services, view)).response(HTTPStatus.ACCEPTED)
 

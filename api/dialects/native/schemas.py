@@ -30,6 +30,13 @@ class BatchRequest(Parameters):
     model: str = Field(max_length=MAX_NAME, description="A name of GET /models.")
     name: StorableText = Field("", max_length=MAX_NAME, description="Yours to choose; need not be unique.")
     priority: Priority = Field(Priority.NORMAL, description="A higher class is rendered before a lower one.")
+    retention_seconds: int | None = Field(
+        None,
+        strict=True,
+        ge=1,
+        le=10**10,
+        description="Rows and images are deleted so long after the end; null: never.",
+    )
     num_images: int = Field(1, strict=True, ge=1, le=MAX_IMAGES, description="Images of each prompt.")
     parameters: dict[str, Any] = Field({}, description="Parameters that all jobs share; see GET /models.")
     # items are checked by shared.plan, once: a hundred thousand of them take time
@@ -67,6 +74,22 @@ class ModelPath(Parameters):
     """Names a model."""
 
     name: str
+
+
+class BatchChange(Parameters):
+    """What to change about a batch; what is left out stays."""
+
+    paused: bool | None = Field(None, strict=True, description="Whether its waiting jobs are set aside.")
+    priority: Priority | None = None
+
+
+class RetryRequest(Parameters):
+    """Which jobs of a batch to render again."""
+
+    states: list[Literal["failed", "canceled"]] = Field(["failed"], min_length=1, max_length=2)
+    error_classes: list[Annotated[StorableText, Field(max_length=MAX_NAME)]] = Field(
+        [], max_length=100, description="Only jobs that failed so; all where none is given."
+    )
 
 
 class ListQuery(Parameters):
@@ -132,10 +155,12 @@ class Batch(Answer):
     finished_at: Time | None
     images_per_second: float | None
     eta_seconds: float | None
+    retention_seconds: int | None
+    state_reason: str | None = Field(None, description="Why its jobs wait; only where one batch is asked for.")
     links: BatchLinks
 
     @classmethod
-    def of(cls, view: BatchView) -> Self:
+    def of(cls, view: BatchView, state_reason: str | None = None) -> Self:
         name = ids.batch_id(view.public_id)
         path = batch_path(name)
         return cls(
@@ -152,8 +177,17 @@ class Batch(Answer):
             finished_at=view.finished_at,
             images_per_second=view.images_per_second,
             eta_seconds=view.eta_seconds,
+            retention_seconds=view.retention_seconds,
+            state_reason=state_reason,
             links=BatchLinks(self=path, jobs=f"{path}/jobs"),
         )
+
+
+class Retried(Answer):
+    """How many jobs were queued again, and their batch."""
+
+    retried: int
+    batch: Batch
 
 
 class BatchList(Answer):
@@ -216,6 +250,9 @@ class Job(Answer):
     error: RenderError | None
     image: Image | None
     finished_at: Time | None
+    state_reason: str | None = Field(None, description="Why it waits.")
+    queue_position: int | None = Field(None, description="Jobs before it; only where one job is asked for.")
+    eta_seconds: float | None = Field(None, description="Estimated from measured rates; likewise.")
     links: JobLinks
 
     @classmethod
@@ -305,6 +342,19 @@ class Model(Answer):
         )
 
 
+class ModelChange(Parameters):
+    """What to change about a model."""
+
+    paused: bool = Field(strict=True, description="Whether its jobs are set aside.")
+
+
+class ModelChanged(Answer):
+    """How a model stands now."""
+
+    name: str
+    paused: bool
+
+
 class ModelList(Answer):
     """All models."""
 
@@ -323,9 +373,13 @@ class Worker(Answer):
     resident: list[str] = Field(description="Models that are loaded.")
     device: dict[str, Any]
     images: int
+    rates: dict[str, dict[str, float]] = Field(description="By model: images_per_second, seconds_per_work.")
+    resting: dict[str, dict[str, Any]] = Field(description="Models that it leaves alone after failures.")
     last_error: str | None
     started_at: Time
     heartbeat_at: Time
+    draining_at: Time | None
+    state: Literal["alive", "resting", "draining", "silent"]
     alive: bool
 
     @classmethod

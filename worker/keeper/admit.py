@@ -1,0 +1,23 @@
+"""Keeps tenants with a cap at it: lets held jobs in where there is room, and sets aside what is too much."""
+
+from sqlalchemy import select
+
+from shared import lifecycle
+from shared.database import transaction
+from shared.models import Tenant
+from shared.services import Services
+
+
+def run(services: Services) -> int:
+    """One look at each tenant with a cap."""
+    with transaction(services.engine) as connection:
+        capped = list(connection.execute(select(Tenant.id).where(Tenant.max_in_flight.is_not(None))).scalars())
+    total = 0
+    for tenant_id in capped:
+        with transaction(services.engine) as connection:
+            held = lifecycle.hold_excess(connection, tenant_id)
+            models = [] if held else lifecycle.admit(connection, tenant_id)
+        if models:
+            services.bell.ring(set(models))
+        total += held + len(models)
+    return total
