@@ -72,7 +72,7 @@ def _figures(outcome: Outcome) -> Table:
         "doubled": len(found.doubled),
         "missing": len(found.missing),
         "orphans": len(found.orphans),
-        "objects of given-up jobs, left to the sweep": found.leftovers,
+        "objects of given-up jobs, swept": outcome.swept,
         "other differences": len(found.other),
         "late results refused": outcome.late_results,
         "API answers": f"{len(seconds)}, {refused} of them problems, {ledger.cut_off} requests cut off",

@@ -26,7 +26,7 @@ from shared.services import Services
 from shared.states import OPEN, POISON, POLICY, Outcome, State
 from tests.chaos.load import Answer
 
-#: an object whose job ended otherwise may lie about for so long; the sweep takes it then
+#: an object whose job ended otherwise may lie about for so long; then the sweep takes it
 GRACE = timedelta(hours=24)
 _KEY = re.compile(r"t/\d+/(?P<batch>\d+)/\d+/(?P<idx>\d+)-[0-9a-f]{64}\.\w+")
 _READERS = 8

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from shared.errors import Unavailable
@@ -40,6 +41,8 @@ class Outcome:
     missed: Counter[str] = field(default_factory=Counter)
     recoveries: dict[str, list[float]] = field(default_factory=dict)
     late_results: int = 0
+    #: objects of jobs that were called off or given up after the upload
+    swept: int = 0
     seconds: float = 0.0
 
     @property
@@ -79,11 +82,20 @@ def run(
         on_progress("reconciling", watch.totals.ended, game.done.total())
         ledger = tenants.ledger
         accepted = {name: ledger.submitted[key].size for key, name in ledger.accepted.items()}
-        findings = reconcile.reconcile(stage.services, accepted, ledger.answers)
+        # nobody renders any more, so that no object is too young to be swept
+        swept = stage.sweep(jobs)
+        findings = reconcile.reconcile(stage.services, accepted, ledger.answers, grace=timedelta(0))
         findings.lost += [f"{key} was never accepted" for key in ledger.submitted.keys() - ledger.accepted.keys()]
         findings.other += stage.complaints + ledger.surprises
         return Outcome(
-            findings, ledger, game.done, game.missed, watch.recoveries, stage.late_results(), time.monotonic() - started
+            findings,
+            ledger,
+            game.done,
+            game.missed,
+            watch.recoveries,
+            stage.late_results(),
+            swept,
+            time.monotonic() - started,
         )
 
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,7 @@ from shared.settings import Settings, load_settings
 from tests.fakes.faulty_proxy import FaultyProxy
 from tests.fakes.s3_server import BUCKET, moto_server
 from tests.farm import Process, celery_worker, free_port, keeper, wait_for
+from worker.keeper import sweep
 
 MODELS = ("fake", "fake-second")
 TENANTS = 8
@@ -329,6 +330,12 @@ class Stage:
             client.config_set("maxmemory", "0")
         for post in self.posts:
             post.signal_group(signal.SIGCONT)
+
+    def sweep(self, jobs: int) -> int:
+        """Let the keeper's sweep walk through all images, however young; returns how many it deleted."""
+        settings = self.services.settings.model_copy(update={"orphan_grace_seconds": 0.0})
+        services = replace(self.services, settings=settings)
+        return sum(sweep.run(services) for _ in range(2 + jobs // 250))
 
     def late_results(self) -> int:
         """How many results the fence refused, as the workers' logs tell."""
