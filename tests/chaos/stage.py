@@ -66,14 +66,19 @@ class Post:
         self.pids: set[int] = set()
         self._make = make
         self._leftovers: list[psutil.Process] = []
+        #: the supervisor and a fault must not both start a process here
+        self._lock = threading.RLock()
 
     def start(self, failpoints: str = "") -> None:
         """Put a new process here; what is left of the former one is its own matter until `clear`."""
-        if self.process is not None:
-            self._leftovers += self._group()
-        self.pids = set()
-        self.process = self._make(failpoints).__enter__()
-        self.away = False
+        with self._lock:
+            if self.process is not None and self.process.popen.poll() is None:
+                self.kill()
+            elif self.process is not None:
+                self._leftovers += self._group()
+            self.pids = set()
+            self.process = self._make(failpoints).__enter__()
+            self.away = False
 
     def signal_group(self, number: int) -> None:
         assert self.process is not None
@@ -82,8 +87,9 @@ class Post:
 
     def leave(self, seconds: float) -> bool:
         """Ask the process to end, and tell whether it did so in time; killed otherwise. The post stays empty."""
+        with self._lock:
+            self.away = True
         assert self.process is not None
-        self.away = True
         self.process.popen.terminate()
         try:
             self.process.popen.wait(seconds)
@@ -95,15 +101,17 @@ class Post:
 
     def kill(self) -> None:
         """`kill -9` of the whole group; the post stays empty."""
-        self.away = True
+        with self._lock:
+            self.away = True
         self.signal_group(signal.SIGKILL)
         assert self.process is not None
         self.process.popen.wait()
 
     def tend(self) -> None:
         """Start the process again where it has died."""
-        if not self.away and self.process is not None and self.process.popen.poll() is not None:
-            self.start()
+        with self._lock:
+            if not self.away and self.process is not None and self.process.popen.poll() is not None:
+                self.start()
 
     def children(self) -> list[int]:
         """The processes that it has started; their ids are also kept in `pids`."""
@@ -304,8 +312,10 @@ class Stage:
         return True
 
     def abandon(self) -> None:
-        """No fault waits for anything any more."""
+        """No fault and no tenant waits for anything any more."""
         self._closing.set()
+        for post in self.posts:
+            post.signal_group(signal.SIGKILL)
 
     def heal(self) -> None:
         """Everything runs and nothing is hindered any more."""
