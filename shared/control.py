@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Collection
+from functools import partial
 
-from sqlalchemy import Connection, Update, func, select, update
+from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from shared import fairness, lifecycle, progress
 from shared.database import transaction
-from shared.errors import NotFound
+from shared.errors import Conflict, NotFound
 from shared.models import Batch, ModelControl, Tenant, Worker
 from shared.services import Services
 from shared.states import Priority, State
@@ -28,42 +29,38 @@ _PATIENCE_SECONDS = 3.0
 def cancel_batch(services: Services, tenant_id: int, public_id: uuid.UUID) -> None:
     """Call a batch off. Images that are done stay. Raises `NotFound`."""
     flag = func.coalesce(Batch.cancel_requested_at, func.clock_timestamp())
-    batch_id = _mark(services, tenant_id, public_id, lambda mark: mark.values(cancel_requested_at=flag))
-    _move(services, lambda connection: cancel_chunk(connection, batch_id))
-
-
-def cancel_chunk(connection: Connection, batch_id: int) -> int:
-    """Cancel up to a chunk of a batch's waiting jobs and give their share of the queue back. Returns how many."""
-    moved = lifecycle.cancel(connection, batch_id)
-    fairness.refund(connection, batch_id, moved)
-    return moved
+    batch_id = _mark(services, tenant_id, public_id, cancel_requested_at=flag)
+    _move(services, lambda connection: lifecycle.cancel(connection, batch_id))
 
 
 def cancel_job(services: Services, tenant_id: int, public_id: uuid.UUID, idx: int) -> None:
     """Call one job off: at once where it waits, within a moment where it renders. Raises `NotFound`."""
     with transaction(services.engine) as connection:
         found = progress.job(connection, tenant_id, public_id, idx)
-        fairness.refund(connection, found.batch_id, lifecycle.cancel(connection, found.batch_id, found.idx))
+        lifecycle.cancel(connection, found.batch_id, found.idx)
 
 
 def pause_batch(services: Services, tenant_id: int, public_id: uuid.UUID) -> None:
     """Set a batch aside; what renders now is finished. Raises `NotFound`."""
     flag = func.coalesce(Batch.paused_at, func.clock_timestamp())
-    batch_id = _mark(services, tenant_id, public_id, lambda mark: mark.values(paused_at=flag))
+    batch_id = _mark(services, tenant_id, public_id, paused_at=flag)
     _move(services, lambda connection: lifecycle.hold(connection, batch_id))
 
 
 def resume_batch(services: Services, tenant_id: int, public_id: uuid.UUID) -> None:
     """Let a paused batch go on, where neither its tenant nor its model is paused. Raises `NotFound`."""
-    batch_id = _mark(services, tenant_id, public_id, lambda mark: mark.values(paused_at=None))
+    batch_id = _mark(services, tenant_id, public_id, paused_at=None)
     _move(services, lambda connection: release_chunk(connection, batch_id))
     _ring(services, batch_id)
 
 
 def release_chunk(connection: Connection, batch_id: int) -> int:
-    """Queue up to a chunk of a batch's held jobs, if nothing holds them any more. Returns how many."""
-    with_control = (
-        select(Batch.tenant_id, Tenant.max_in_flight)
+    """Queue up to a chunk of a batch's held jobs, if nothing holds them any more. Returns how many.
+
+    They stand where a new submission would: not before all that came meanwhile.
+    """
+    going_on = (
+        select(Batch.tenant_id, Batch.model, Tenant.max_in_flight)
         .join(Tenant, Tenant.id == Batch.tenant_id)
         .outerjoin(ModelControl, ModelControl.model == Batch.model)
         .where(
@@ -73,20 +70,37 @@ def release_chunk(connection: Connection, batch_id: int) -> int:
             ModelControl.paused_at.is_(None),
         )
     )
-    row = connection.execute(with_control).one_or_none()
+    row = connection.execute(going_on).one_or_none()
     if row is None:
         return 0
     if row.max_in_flight is not None:
-        lifecycle.admit(connection, row.tenant_id)
+        lifecycle.admit(connection, row.tenant_id, row.model)
         return 0
-    return lifecycle.resume(connection, batch_id)
+    return _stamped(connection, batch_id, lifecycle.CHUNK, partial(lifecycle.resume, connection, batch_id))
+
+
+def _stamped(connection: Connection, batch_id: int, most: int, move: Callable[..., int]) -> int:
+    """Move jobs back into the queue under new virtual times, and charge their tenant for as many as there were."""
+    vt, step = fairness.place(connection, batch_id, most)
+    moved = move(vt=vt, step=step, limit=most)
+    fairness.refund(connection, batch_id, most - moved)
+    return moved
 
 
 def set_priority(services: Services, tenant_id: int, public_id: uuid.UUID, priority: Priority) -> None:
     """Put a batch into another class. Raises `NotFound`."""
-    values = {"priority": priority.rank, "aged_to": None}
-    batch_id = _mark(services, tenant_id, public_id, lambda mark: mark.values(**values))
-    _move(services, lambda connection: lifecycle.reprioritize(connection, batch_id, priority))
+    batch_id = _mark(services, tenant_id, public_id, priority=priority.rank, reordering=True)
+    _move(services, lambda connection: reorder_chunk(connection, batch_id))
+
+
+def reorder_chunk(connection: Connection, batch_id: int) -> int:
+    """Put up to a chunk of a batch's waiting jobs into its class. Returns how many; after 0 it is done."""
+    statement = select(Batch.priority).where(Batch.id == batch_id).with_for_update(key_share=True)
+    rank = connection.execute(statement).scalar_one()
+    moved = lifecycle.reprioritize(connection, batch_id, Priority.of_rank(rank))
+    if not moved:
+        connection.execute(update(Batch).where(Batch.id == batch_id).values(reordering=False))
+    return moved
 
 
 def retry_batch(
@@ -99,28 +113,45 @@ def retry_batch(
 ) -> int:
     """Queue the failed jobs of a batch again (or those in `states`), narrowed by error class. Returns how many.
 
-    Here the caller waits for the last one: nothing notes what is left to do. Raises `NotFound`.
+    At most as many as there were when this began: some may fail again meanwhile. Here the caller waits for the last
+    one, for nothing notes what is left to do. Raises `NotFound`, and `Conflict` while the batch is being canceled.
     """
     with transaction(services.engine) as connection:
-        batch_id = progress.internal_batch_id(connection, tenant_id, public_id)
-    total, moved = 0, lifecycle.CHUNK
-    while moved:
+        batch = progress.batch(connection, tenant_id, public_id)
+        _refuse_while_canceling(batch)
+    total, left, moved = 0, sum(batch.counts[state] for state in states), 1
+    while moved and left:
         with transaction(services.engine) as connection:
-            moved = lifecycle.resubmit(connection, batch_id, states=states, error_classes=error_classes)
-        total += moved
+            again = partial(lifecycle.resubmit, connection, batch.id, states=states, error_classes=error_classes)
+            moved = _stamped(connection, batch.id, min(left, lifecycle.CHUNK), again)
+        total, left = total + moved, left - moved
     if total:
-        _ring(services, batch_id)
+        _queued_again(services, tenant_id, batch.id)
     return total
 
 
 def retry_job(services: Services, tenant_id: int, public_id: uuid.UUID, idx: int) -> bool:
-    """Queue one failed or canceled job again. Returns whether it was one. Raises `NotFound`."""
+    """Queue one failed or canceled job again. Returns whether it was one. Raises `NotFound` and `Conflict`."""
     with transaction(services.engine) as connection:
+        _refuse_while_canceling(progress.batch(connection, tenant_id, public_id))
         found = progress.job(connection, tenant_id, public_id, idx)
-        moved = lifecycle.resubmit(connection, found.batch_id, found.idx)
+        moved = _stamped(connection, found.batch_id, 1, partial(lifecycle.resubmit, connection, found.batch_id, idx))
     if moved:
-        _ring(services, found.batch_id)
+        _queued_again(services, tenant_id, found.batch_id)
     return bool(moved)
+
+
+def _refuse_while_canceling(batch: progress.BatchView) -> None:
+    if batch.cancel_requested and batch.open:
+        raise Conflict("This batch is being canceled; retry when it has ended.")
+
+
+def _queued_again(services: Services, tenant_id: int, batch_id: int) -> None:
+    """Let in what has room, and ring."""
+    with transaction(services.engine) as connection:
+        model = connection.execute(select(Batch.model).where(Batch.id == batch_id)).scalar_one()
+        lifecycle.admit(connection, tenant_id, model)
+    services.bell.ring([model])
 
 
 # ------------------------------------------------------------------------------------------------------- operators
@@ -148,13 +179,24 @@ def set_tenant(
     if max_in_flight is not None or uncap:
         changes["max_in_flight"] = max_in_flight
     with transaction(services.engine) as connection:
-        statement = update(Tenant).where(Tenant.name == name).values(**changes).returning(Tenant.id)
-        tenant_id = connection.execute(statement).scalar_one_or_none()
+        found = select(Tenant.id).where(Tenant.name == name)
+        if changes:
+            connection.execute(update(Tenant).where(Tenant.name == name).values(**changes))
+        tenant_id = connection.execute(found).scalar_one_or_none()
     if tenant_id is None:
         raise NotFound(f"There is no tenant {name!r}.")
     if max_in_flight is not None:
-        _move(services, lambda connection: lifecycle.hold_excess(connection, tenant_id))
-    _move_all(services, Batch.tenant_id == tenant_id, bool(paused))
+        for model in open_models(services, tenant_id):
+            _move(services, partial(lifecycle.hold_excess, tenant_id=tenant_id, model=model))
+    if changes:
+        _move_all(services, Batch.tenant_id == tenant_id, bool(paused))
+
+
+def open_models(services: Services, tenant_id: int) -> list[str]:
+    """The models of a tenant's unfinished batches."""
+    statement = select(Batch.model).where(Batch.tenant_id == tenant_id, Batch.finished_at.is_(None)).distinct()
+    with transaction(services.engine) as connection:
+        return list(connection.execute(statement.order_by(Batch.model)).scalars())
 
 
 def drain_worker(services: Services, worker_id: str, draining: bool) -> None:
@@ -172,11 +214,11 @@ def drain_worker(services: Services, worker_id: str, draining: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ moves
 
 
-def _mark(services: Services, tenant_id: int, public_id: uuid.UUID, change: Callable[[Update], Update]) -> int:
+def _mark(services: Services, tenant_id: int, public_id: uuid.UUID, **values: object) -> int:
     """Store a word about a batch that is not over; returns its row id."""
     with transaction(services.engine) as connection:
         batch_id = progress.internal_batch_id(connection, tenant_id, public_id)
-        connection.execute(change(update(Batch).where(Batch.id == batch_id, Batch.finished_at.is_(None))))
+        connection.execute(update(Batch).where(Batch.id == batch_id, Batch.finished_at.is_(None)).values(**values))
     return batch_id
 
 

@@ -45,3 +45,26 @@ def refund(connection: Connection, batch_id: int, jobs: int) -> None:
     """Turn the tenant's clock back by what `jobs` canceled jobs of this batch would have cost, at the mean of all."""
     if jobs:
         connection.execute(_REFUND, {"batch": batch_id, "jobs": jobs})
+
+
+_OF_A_BATCH = text("""
+SELECT b.model, b.tenant_id, b.priority, b.work / b.job_count AS work, t.weight
+FROM batch b JOIN tenant t ON t.id = b.tenant_id WHERE b.id = :batch
+""")
+
+
+def place(connection: Connection, batch_id: int, jobs: int) -> tuple[float, float]:
+    """Reserve the place of `jobs` jobs of a batch that come back into the queue: the first virtual time, and the step.
+
+    What was not used of it is given back by `refund`, in the same transaction.
+    """
+    batch = connection.execute(_OF_A_BATCH, {"batch": batch_id}).one()
+    start = reserve(
+        connection,
+        model=batch.model,
+        tenant_id=batch.tenant_id,
+        priority=batch.priority,
+        work=jobs * batch.work,
+        weight=batch.weight,
+    )
+    return start, batch.work / batch.weight

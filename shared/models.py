@@ -80,7 +80,7 @@ class Tenant(Base):
     id: Mapped[int] = _id()
     name: Mapped[str] = mapped_column(unique=True)
     weight: Mapped[float] = mapped_column(server_default=text("1"))
-    #: most jobs that are queued or rendered at a time; the others are held until there is room
+    #: most jobs of each model that are queued or rendered at a time; the others are held until there is room
     max_in_flight: Mapped[int | None] = mapped_column(Integer)
     paused_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = _now()
@@ -104,6 +104,8 @@ class ModelControl(Base):
 
     model: Mapped[str] = mapped_column(primary_key=True)
     paused_at: Mapped[datetime | None]
+    #: when the keeper last let starving classes have their turn
+    raised_at: Mapped[datetime | None]
 
 
 class ModelRate(Base):
@@ -141,7 +143,6 @@ class Batch(Base):
     __table_args__ = (
         CheckConstraint("job_count > 0", name="job_count_positive"),
         CheckConstraint("priority BETWEEN 0 AND 2", name="priority_known"),
-        CheckConstraint("aged_to BETWEEN 0 AND 2", name="aged_to_known"),
         CheckConstraint("retention_seconds > 0", name="retention_positive"),
         Index("ix_batch_expiring", "finished_at", postgresql_where=text("retention_seconds IS NOT NULL")),
         UniqueConstraint("id", "tenant_id"),
@@ -160,8 +161,8 @@ class Batch(Base):
     job_count: Mapped[int] = mapped_column(Integer)
     #: effort of all jobs together, in the unit of `RenderSpec.work`
     work: Mapped[float] = mapped_column(server_default=text("0"))
-    #: the class to which its waiting jobs have risen by waiting; NULL: its own
-    aged_to: Mapped[int | None] = mapped_column(SmallInteger)
+    #: its waiting jobs are still being moved into its class
+    reordering: Mapped[bool] = mapped_column(server_default=false())
     #: rows and images are deleted so long after the end; NULL keeps them
     retention_seconds: Mapped[int | None]
     webhook_url: Mapped[str | None]
@@ -210,7 +211,7 @@ class Job(Base):
         Index("ix_job_rendering", "id", postgresql_where=text("state = 'rendering'")),
         Index("ix_job_scheduled", "run_at", postgresql_where=text("state = 'scheduled'")),
         # who is admitted next of those that wait for room
-        Index("ix_job_held", "tenant_id", "priority", "vt", "id", postgresql_where=text("state = 'held'")),
+        Index("ix_job_held", "tenant_id", "model", "priority", "vt", "id", postgresql_where=text("state = 'held'")),
         Index("ix_job_unsuccessful", "batch_id", "id", postgresql_where=text("state IN ('failed', 'canceled')")),
         Index("ix_job_open", "batch_id", "id", postgresql_where=text("state IN ('queued', 'scheduled', 'held')")),
         {
@@ -311,6 +312,8 @@ class Worker(Base):
     images: Mapped[int] = mapped_column(server_default=text("0"))
     #: by model: images_per_second and seconds_per_work, measured lately
     rates: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    #: by model and priority: seconds since the last claim, at the last heartbeat
+    claimed: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     #: models that it does not pull for now, and why
     resting: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     last_error: Mapped[str | None]

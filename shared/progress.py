@@ -68,10 +68,12 @@ class BatchView:
 
     @property
     def state(self) -> BatchState:
-        if self.cancel_requested:
-            return BatchState.CANCELING if self.open else BatchState.CANCELED
+        canceled = self.counts[State.CANCELED]
         if not self.open:
-            return BatchState.CANCELED if self.counts[State.CANCELED] == self.job_count else BatchState.FINISHED
+            called_off = canceled == self.job_count or (canceled and self.cancel_requested)
+            return BatchState.CANCELED if called_off else BatchState.FINISHED
+        if self.cancel_requested:
+            return BatchState.CANCELING
         if self.paused:
             return BatchState.PAUSED
         ended = self.job_count - self.open

@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     load_seconds: float = Field(3600.0, gt=0)
     #: seconds between two rounds of the keeper
     keeper_seconds: float = Field(5.0, gt=0)
-    #: seconds of waiting after which a batch rises by one priority class; 0 switches that off
+    #: seconds after which a priority class that nobody has come to gets a turn; 0 switches that off
     ageing_seconds: float = Field(1800.0, ge=0)
     #: seconds between two searches of the whole storage for images that no row knows
     sweep_seconds: float = Field(86_400.0, gt=0)

@@ -54,12 +54,12 @@ MOVES: dict[str, Move] = {
     "release": _move({State.RENDERING}, {State.QUEUED, State.HELD, State.CANCELED}, fenced=True),
     "drop": _move({State.RENDERING}, {State.CANCELED}, fenced=True),
     "rescue": _move({State.RENDERING}, {State.QUEUED, State.FAILED, State.CANCELED}),
-    "promote": _move({State.SCHEDULED}, {State.QUEUED}),
-    "hold": _move({State.QUEUED, State.SCHEDULED}, {State.HELD}),
+    "promote": _move({State.SCHEDULED}, {State.QUEUED, State.HELD}),
+    "hold": _move({State.QUEUED}, {State.HELD}),
     "resume": _move({State.HELD}, {State.QUEUED}),
     "admit": _move({State.HELD}, {State.QUEUED}),
     "cancel": _move({State.QUEUED, State.SCHEDULED, State.HELD}, {State.CANCELED}),
-    "resubmit": _move({State.FAILED, State.CANCELED}, {State.QUEUED}),
+    "resubmit": _move({State.FAILED, State.CANCELED}, {State.QUEUED, State.HELD}),
 }
 
 

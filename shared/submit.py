@@ -104,7 +104,9 @@ def submit(
             connection.execute(insert(BatchCounter).values(batch_id=batch_id, shard=0, **{state: plan.job_count}))
             _copy_jobs(connection, plan, batch_id, tenant, priority, vt, state)
             if capped:
-                lifecycle.admit(connection, tenant.id)
+                lifecycle.admit(connection, tenant.id, model)
+            elif paused:
+                fairness.refund(connection, batch_id, plan.job_count)
     except _KeyTaken as taken:
         with transaction(services.engine) as connection:
             if idempotency and (earlier := _replay(connection, tenant.id, idempotency)):

@@ -83,21 +83,21 @@ class Circumstances:
         """Why a job in this state waits, for people; None where it does not."""
         if state is State.SCHEDULED:
             return f"tried again at {run_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if run_at else "tried again soon"
-        if state is State.HELD:
-            for paused, what in (
-                (self.batch_paused, "its batch"),
-                (self.tenant_paused, "its tenant"),
-                (self.model_paused, f"the model {self.model}"),
-            ):
-                if paused:
-                    return f"{what} is paused"
-            if self.max_in_flight is not None:
-                return f"its tenant may have {self.max_in_flight} jobs in flight"
-            return "it is let in within a moment"
-        if state is not State.QUEUED:
+        if state not in (State.HELD, State.QUEUED):
             return None
+        for paused, what in (
+            (self.batch_paused, "its batch"),
+            (self.tenant_paused, "its tenant"),
+            (self.model_paused, f"the model {self.model}"),
+        ):
+            if paused:
+                return f"{what} is paused"
+        if state is State.HELD and self.max_in_flight is not None:
+            return f"its tenant may have {self.max_in_flight} jobs in flight"
         if not self.workers:
             return f"no live worker serves {self.model}"
+        if state is State.HELD:
+            return "it is let in within a moment"
         if self.resting == self.workers:
             return f"every worker of {self.model} rests after failures"
         if ahead is None:
@@ -161,7 +161,8 @@ def of_job(connection: Connection, job: JobView, *, lease_seconds: float) -> Wai
         return Waiting(found.reason(job.state, job.run_at))
     values = {"batch": job.batch_id, "idx": job.idx, "most": MOST_AHEAD}
     ahead = int(connection.execute(_AHEAD, values).scalar_one())
-    return Waiting(found.reason(job.state, ahead=ahead), ahead, found.seconds_for(ahead + 1))
+    eta = found.seconds_for(ahead + 1) if ahead < MOST_AHEAD else None
+    return Waiting(found.reason(job.state, ahead=ahead), ahead, eta)
 
 
 def queues(

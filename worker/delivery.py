@@ -210,7 +210,7 @@ class Delivery:
                     self._breaker.failed(rendered.entry.name, failure.outcome, failure.error_class)
             self._reporter.drop(rendered.token, unwanted)
             self._reporter.release(rendered.token, interrupted, "the worker stopped before it could store the image")
-            self._reporter.admit({task.job.tenant_id for task in rendered.tasks if task.job.capped})
+            self._reporter.admit({(task.job.tenant_id, task.job.model) for task in rendered.tasks if task.job.capped})
         except Exception:
             # the leases of these jobs run out and they are rendered again; the worker itself goes on
             logger.exception("recording a pass failed")

@@ -42,8 +42,8 @@ EXIT_DEVICE_LOST = 70
 _REMEMBERED_BATCHES = 1000
 
 _WITH_WORK = text("""
-SELECT model FROM unnest(:models) AS model
-WHERE EXISTS (SELECT 1 FROM job WHERE job.state = 'queued' AND job.model = model)
+SELECT served.model FROM unnest(:models) AS served (model)
+WHERE EXISTS (SELECT FROM job WHERE job.state = 'queued' AND job.model = served.model)
 """).bindparams(bindparam("models", type_=ARRAY(TEXT)))
 
 
@@ -84,7 +84,7 @@ class Executor:
 
     def start(self) -> None:
         """Register this worker and begin its heartbeats."""
-        self._leases.start(self._residency.names, self._rates.view, self._breaker.view)
+        self._leases.start(self._residency.names, self._rates, self._breaker.view)
 
     def stop_soon(self) -> None:
         """Claim nothing more. A pass that is still running after the grace period is interrupted and released."""
@@ -177,6 +177,8 @@ class Executor:
             self._doubtful = (model, token)
             raise
         failpoints.hit("after_claim")
+        if jobs:
+            self._rates.claimed(model, jobs[0].priority)
         return _Claim(token, model, jobs) if jobs else None
 
     def _recover_claim(self, model: str, token: uuid.UUID) -> _Claim | None:

@@ -22,6 +22,7 @@ from shared.lifecycle import Lease
 from shared.models import Worker
 from shared.services import Services
 from worker.device import describe
+from worker.rates import Rates
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Leases:
         self._resident: Callable[[], list[str]] = list
         self._images = 0
         self._last_error: str | None = None
-        self._rates: Callable[[], dict[str, Any]] = dict
+        self._rates = Rates()
         self._resting: Callable[[], dict[str, Any]] = dict
         #: an operator asked us to claim nothing more
         self.draining = False
@@ -61,14 +62,14 @@ class Leases:
     def start(
         self,
         resident: Callable[[], list[str]],
-        rates: Callable[[], dict[str, Any]] = dict,
+        rates: Rates | None = None,
         resting: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """Register the worker and begin to send heartbeats.
 
         They tell the models in memory (`resident`), how fast each is (`rates`), and which are left alone (`resting`).
         """
-        self._resident, self._rates, self._resting = resident, rates, resting
+        self._resident, self._rates, self._resting = resident, rates or self._rates, resting
         self._thread.start()
 
     def hold(self, token: uuid.UUID, job_ids: Iterable[int]) -> None:
@@ -184,7 +185,8 @@ class Leases:
         changing = {
             "models": self._models,
             "resident": self._resident(),
-            "rates": self._rates(),
+            "rates": self._rates.view(),
+            "claimed": self._rates.since_claims(),
             "resting": self._resting(),
             "device": describe(),
             "last_error": self._last_error,

@@ -81,10 +81,10 @@ class Reporter:
             if ids:
                 self._persist(lambda connection: lifecycle.release(connection, token, ids, reason))
 
-    def admit(self, tenant_ids: Collection[int]) -> None:
+    def admit(self, queues: Collection[tuple[int, str]]) -> None:
         """Let the next jobs of tenants with a cap in, now that some have ended. The keeper does so too, but later."""
-        for tenant_id in tenant_ids:
-            self._persist(partial(lifecycle.admit, tenant_id=tenant_id))
+        for tenant_id, model in queues:
+            self._persist(partial(lifecycle.admit, tenant_id=tenant_id, model=model))
 
     def drop(self, token: uuid.UUID, ids: Sequence[int]) -> None:
         """End jobs as canceled. Jobs whose lease is lost are not touched by this."""

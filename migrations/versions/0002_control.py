@@ -17,6 +17,7 @@ def upgrade() -> None:
         "model_control",
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("paused_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("raised_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("model", name=op.f("pk_model_control")),
     )
     op.create_table(
@@ -30,7 +31,7 @@ def upgrade() -> None:
     )
     op.add_column("api_key", sa.Column("operator", sa.Boolean(), server_default=sa.text("false"), nullable=False))
     op.add_column("batch", sa.Column("work", sa.Double(), server_default=sa.text("0"), nullable=False))
-    op.add_column("batch", sa.Column("aged_to", sa.SmallInteger(), nullable=True))
+    op.add_column("batch", sa.Column("reordering", sa.Boolean(), server_default=sa.text("false"), nullable=False))
     op.add_column("batch", sa.Column("retention_seconds", sa.BigInteger(), nullable=True))
     op.create_index(
         "ix_batch_expiring",
@@ -42,7 +43,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_job_held",
         "job",
-        ["tenant_id", "priority", "vt", "id"],
+        ["tenant_id", "model", "priority", "vt", "id"],
         unique=False,
         postgresql_where=sa.text("state = 'held'"),
     )
@@ -63,11 +64,14 @@ def upgrade() -> None:
         "worker",
         sa.Column("resting", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
     )
+    op.add_column(
+        "worker",
+        sa.Column("claimed", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+    )
     op.add_column("worker", sa.Column("draining_at", sa.DateTime(timezone=True), nullable=True))
     op.drop_constraint(op.f("ck_tenant_weight_positive"), "tenant")
     op.create_check_constraint(op.f("ck_tenant_weight_positive"), "tenant", "weight > 0 AND weight < 'Infinity'")
     op.create_check_constraint(op.f("ck_tenant_max_in_flight_positive"), "tenant", "max_in_flight > 0")
-    op.create_check_constraint(op.f("ck_batch_aged_to_known"), "batch", "aged_to BETWEEN 0 AND 2")
     op.create_check_constraint(op.f("ck_batch_retention_positive"), "batch", "retention_seconds > 0")
 
 
@@ -76,6 +80,7 @@ def downgrade() -> None:
     op.create_check_constraint(op.f("ck_tenant_weight_positive"), "tenant", "weight > 0")
     op.drop_column("worker", "draining_at")
     op.drop_column("worker", "resting")
+    op.drop_column("worker", "claimed")
     op.drop_column("worker", "rates")
     op.drop_column("tenant", "paused_at")
     op.drop_column("tenant", "max_in_flight")
@@ -83,7 +88,7 @@ def downgrade() -> None:
     op.drop_index("ix_job_held", table_name="job", postgresql_where=sa.text("state = 'held'"))
     op.drop_index("ix_batch_expiring", table_name="batch", postgresql_where=sa.text("retention_seconds IS NOT NULL"))
     op.drop_column("batch", "retention_seconds")
-    op.drop_column("batch", "aged_to")
+    op.drop_column("batch", "reordering")
     op.drop_column("batch", "work")
     op.drop_column("api_key", "operator")
     op.drop_table("model_rate")

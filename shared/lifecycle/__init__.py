@@ -274,9 +274,17 @@ def hold(connection: Connection, batch_id: int, idx: int | None = None, *, limit
     return _move_chunk(connection, statements.HOLD, batch_id, idx, limit)
 
 
-def resume(connection: Connection, batch_id: int, idx: int | None = None, *, limit: int = CHUNK) -> int:
-    """Queue held jobs again. Returns how many; call until 0."""
-    return _move_chunk(connection, statements.RESUME, batch_id, idx, limit)
+def resume(
+    connection: Connection,
+    batch_id: int,
+    idx: int | None = None,
+    *,
+    vt: float | None = None,
+    step: float = 0.0,
+    limit: int = CHUNK,
+) -> int:
+    """Queue held jobs again, from virtual time `vt` on, `step` apart (`shared.fairness`). Call until 0."""
+    return _move_chunk(connection, statements.RESUME, batch_id, idx, limit, vt=vt, step=step)
 
 
 def resubmit(
@@ -286,39 +294,48 @@ def resubmit(
     *,
     states: Collection[State] = (),
     error_classes: Collection[str] = (),
+    vt: float | None = None,
+    step: float = 0.0,
     limit: int = CHUNK,
 ) -> int:
     """Queue failed and canceled jobs again with a clean record; their batch is open again. Call until 0.
 
-    Narrowed to those in `states` and of `error_classes` where these are given.
+    Narrowed to those in `states` and of `error_classes` where these are given; stamped as by `resume`. They are held
+    where their batch, tenant or model is paused or capped.
     """
+    # before the first of them is open: whoever closes the batch must see either none of this or all
+    connection.execute(statements.LOCK_BATCH, {"batch": batch_id})
     only = {"states": [str(state) for state in states] or None, "classes": list(error_classes) or None}
-    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit, **only)
+    moved = _move_chunk(connection, statements.RESUBMIT, batch_id, idx, limit, vt=vt, step=step, **only)
     if moved:
         connection.execute(statements.REOPEN_BATCH, {"batch": batch_id})
     return moved
 
 
-def admit(connection: Connection, tenant_id: int) -> list[str]:
-    """Queue as many held jobs of a capped tenant as there is room for. Returns their models.
+def admit(connection: Connection, tenant_id: int, model: str) -> int:
+    """Queue as many held jobs of a capped tenant as there is room for with this model. Returns how many.
 
     Does nothing for a tenant without a cap, whose held jobs are paused (`resume`).
     """
     connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
-    return list(connection.execute(statements.ADMIT, {"tenant": tenant_id, "shard": _shard()}).scalars())
+    values = {"tenant": tenant_id, "model": model, "shard": _shard()}
+    return int(connection.execute(statements.ADMIT, values).scalar_one())
 
 
-def hold_excess(connection: Connection, tenant_id: int, *, limit: int = CHUNK) -> int:
+def hold_excess(connection: Connection, tenant_id: int, model: str, *, limit: int = CHUNK) -> int:
     """Set aside the last queued jobs of a tenant that has more in flight than its cap. Returns how many."""
     connection.execute(statements.LOCK_ROOM, {"tenant": tenant_id})
-    values = {"tenant": tenant_id, "limit": limit, "shard": _shard()}
+    values = {"tenant": tenant_id, "model": model, "limit": limit, "shard": _shard()}
     return int(connection.execute(statements.HOLD_EXCESS, values).scalar_one())
 
 
-def reprioritize(
-    connection: Connection, batch_id: int, priority: Priority, *, raise_only: bool = False, limit: int = CHUNK
-) -> int:
-    """Put waiting jobs of a batch into a class, or with `raise_only` those of lower classes. Call until 0."""
-    least = priority.rank + 1 if raise_only else 0
-    values = {"batch": batch_id, "priority": priority.rank, "least": least, "limit": limit}
+def reprioritize(connection: Connection, batch_id: int, priority: Priority, *, limit: int = CHUNK) -> int:
+    """Put waiting jobs of a batch into a class. Returns how many; call until 0."""
+    values = {"batch": batch_id, "priority": priority.rank, "limit": limit}
     return int(connection.execute(statements.REPRIORITIZE, values).scalar_one())
+
+
+def raise_head(connection: Connection, model: str, priority: Priority, *, limit: int) -> int:
+    """Let the first jobs of a class go with the highest one. Returns how many."""
+    values = {"model": model, "priority": priority.rank, "limit": limit}
+    return int(connection.execute(statements.RAISE_HEAD, values).scalar_one())

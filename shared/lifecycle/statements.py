@@ -47,8 +47,10 @@ _OUTBOX = """
 
 _ENDED = "lease_token = NULL, lease_expires_at = NULL"
 
-#: of a batch b, its tenant t and what is said about its model m
+# of a batch b, its tenant t and what is said about its model m
 PAUSED = "(b.paused_at IS NOT NULL OR t.paused_at IS NOT NULL OR m.paused_at IS NOT NULL)"
+# what waits of it is set aside: until it goes on, or until there is room
+_PARKED = f"({PAUSED} OR t.max_in_flight IS NOT NULL)"
 
 _CLAIMED = f"""
 SELECT j.id, j.batch_id, j.idx, j.tenant_id, j.model, j.priority, j.vt, j.attempt, j.lost_count,
@@ -178,10 +180,12 @@ def _waits_again(state: str) -> str:
 
 
 _ENDS_IF_CANCELED = "finished_at = CASE WHEN j.cancel_requested THEN clock_timestamp() END"
+# a job that was away while its batch changed classes comes back into the right one
+_CLASS = "priority = (SELECT b.priority FROM batch b WHERE b.id = j.batch_id)"
 
 RETRY = _unsuccessful(
     "retry", _waits_again(f"'{State.SCHEDULED}'"),
-    "error_detail = f.error_detail,"
+    f"{_CLASS}, error_detail = f.error_detail,"
     " run_at = CASE WHEN NOT j.cancel_requested THEN clock_timestamp() + make_interval(secs => f.delay) END, "
     + _ENDS_IF_CANCELED,
 )  # fmt: skip
@@ -190,7 +194,9 @@ RETRY = _unsuccessful(
 _QUEUED_OR_HELD = f"""CASE WHEN EXISTS (SELECT FROM batch b {_OF_A_BATCH} WHERE b.id = j.batch_id AND {PAUSED})
     THEN '{State.HELD}' ELSE '{State.QUEUED}' END"""
 
-RELEASE = _unsuccessful("release", _waits_again(_QUEUED_OR_HELD), f"attempt = j.attempt - 1, {_ENDS_IF_CANCELED}")
+RELEASE = _unsuccessful(
+    "release", _waits_again(_QUEUED_OR_HELD), f"{_CLASS}, attempt = j.attempt - 1, {_ENDS_IF_CANCELED}"
+)
 
 DROP = _unsuccessful("drop", f"'{State.CANCELED}'", "finished_at = clock_timestamp(), cancel_requested = true")
 
@@ -204,7 +210,7 @@ WITH lost AS MATERIALIZED (
     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED),
   moved AS (
     UPDATE job j
-    SET state = lost.now, {_ENDED}, lost_count = j.lost_count + 1,
+    SET state = lost.now, {_ENDED}, lost_count = j.lost_count + 1, {_CLASS},
         batch_key = NULL, -- from now on it is rendered alone: its mates shall not pay if it kills workers
         finished_at = CASE WHEN lost.now <> '{State.QUEUED}' THEN clock_timestamp() END,
         error_class = CASE WHEN lost.now = '{State.FAILED}' THEN '{POISON}' END,
@@ -225,36 +231,60 @@ WITH due AS MATERIALIZED (
     SELECT id FROM job WHERE {_leaves("promote")} AND run_at <= clock_timestamp()
     ORDER BY run_at LIMIT :limit FOR UPDATE SKIP LOCKED),
   moved AS (
-    UPDATE job j SET state = '{State.QUEUED}', run_at = NULL FROM due WHERE j.id = due.id
-    RETURNING j.batch_id, j.model, '{State.SCHEDULED}' AS was, '{State.QUEUED}' AS now),{_TALLY}
-SELECT model FROM moved
+    UPDATE job j
+    SET run_at = NULL, {_CLASS}, state = CASE
+        WHEN EXISTS (SELECT FROM batch b {_OF_A_BATCH} WHERE b.id = j.batch_id AND {_PARKED}) THEN '{State.HELD}'
+        ELSE '{State.QUEUED}' END
+    FROM due WHERE j.id = due.id
+    RETURNING j.batch_id, j.model, '{State.SCHEDULED}' AS was, j.state AS now),{_TALLY}
+SELECT model FROM moved WHERE now = '{State.QUEUED}'
 """)
 
 
-def _mass_move(verb: str, enters: State, assignments: str, only: str = "true") -> Any:
-    """One chunk of a move of a batch, or of one of its jobs, in order of id. `only` narrows it further."""
+def _mass_move(verb: str, enters: str, assignments: str, only: str = "true", refunded: str = "0") -> Any:
+    """One chunk of a move of a batch, or of one of its jobs, in order of id.
+
+    `enters` is the SQL of the new state, `only` narrows what is moved, and `refunded` is the SQL of how many moved jobs
+    give their share of the queue back: those that are no longer in it.
+    """
     return text(f"""
 WITH picked AS MATERIALIZED (
     SELECT id, state FROM job
     WHERE batch_id = :batch AND (CAST(:idx AS int) IS NULL OR idx = :idx) AND {_leaves(verb)} AND {only}
     ORDER BY id LIMIT :limit FOR UPDATE),
+  parked AS MATERIALIZED (SELECT {_PARKED} AS yes FROM batch b {_OF_A_BATCH} WHERE b.id = :batch),
+  numbered AS (SELECT id, state, row_number() OVER (ORDER BY id) - 1 AS n FROM picked),
   moved AS (
-    UPDATE job j SET state = '{enters}', {assignments} FROM picked WHERE j.id = picked.id
-    RETURNING j.id, j.batch_id, j.idx, picked.state AS was, '{enters}' AS now),{_OUTBOX},{_TALLY}
+    UPDATE job j SET state = {enters}, {assignments} FROM numbered WHERE j.id = numbered.id
+    RETURNING j.id, j.batch_id, j.idx, numbered.state AS was, j.state AS now),
+  refund AS (
+    UPDATE tenant_clock c SET vt = GREATEST(c.vt - r.jobs * b.work / b.job_count / t.weight, 0)
+    FROM batch b JOIN tenant t ON t.id = b.tenant_id, LATERAL (SELECT {refunded} AS jobs FROM moved) r
+    WHERE b.id = :batch AND c.model = b.model AND c.tenant_id = b.tenant_id AND r.jobs > 0),{_OUTBOX},{_TALLY}
 SELECT count(*) FROM moved
 """)
 
 
-CANCEL = _mass_move("cancel", State.CANCELED, "run_at = NULL, finished_at = clock_timestamp()")
+# what is held has given its share back already, unless it only waits for room
+CANCEL = _mass_move(
+    "cancel", f"'{State.CANCELED}'", "run_at = NULL, finished_at = clock_timestamp()",
+    refunded="CASE WHEN t.max_in_flight IS NULL"
+    f" THEN count(*) FILTER (WHERE was <> '{State.HELD}') ELSE count(*) END",
+)  # fmt: skip
 
-HOLD = _mass_move("hold", State.HELD, "run_at = NULL")
+HOLD = _mass_move(
+    "hold", f"'{State.HELD}'", "run_at = NULL", refunded="CASE WHEN t.max_in_flight IS NULL THEN count(*) ELSE 0 END"
+)
 
-RESUME = _mass_move("resume", State.QUEUED, "run_at = NULL")
+# what comes back into the queue stands where a new submission would, and not before all that came meanwhile
+_STAMPED = f"vt = COALESCE(CAST(:vt AS float8) + n * CAST(:step AS float8), j.vt), {_CLASS}"
+
+RESUME = _mass_move("resume", f"'{State.QUEUED}'", f"run_at = NULL, {_STAMPED}")
 
 RESUBMIT = _mass_move(
-    "resubmit", State.QUEUED,
+    "resubmit", f"CASE WHEN (SELECT yes FROM parked) THEN '{State.HELD}' ELSE '{State.QUEUED}' END",
     "attempt = 0, lost_count = 0, cancel_requested = false, error_class = NULL, error_detail = NULL,"
-    " finished_at = NULL",
+    f" finished_at = NULL, {_STAMPED}",
     "(CAST(:states AS text[]) IS NULL OR state = ANY(:states))"
     " AND (CAST(:classes AS text[]) IS NULL OR error_class = ANY(:classes))",
 ).bindparams(bindparam("states", type_=ARRAY(TEXT)), bindparam("classes", type_=ARRAY(TEXT)))  # fmt: skip
@@ -265,27 +295,28 @@ LOCK_ROOM = text("SELECT pg_advisory_xact_lock(7236512, CAST(:tenant AS int))")
 _IN_FLIGHT = """
     SELECT t.id, t.max_in_flight,
            (SELECT COALESCE(sum(c.queued + c.rendering), 0) FROM batch_counter c JOIN batch b ON b.id = c.batch_id
-            WHERE b.tenant_id = t.id AND b.finished_at IS NULL) AS in_flight
+            WHERE b.tenant_id = t.id AND b.model = :model AND b.finished_at IS NULL) AS in_flight
     FROM tenant t WHERE t.id = :tenant AND t.max_in_flight IS NOT NULL"""
 
 ADMIT = text(f"""
-WITH room AS ({_IN_FLIGHT} AND t.paused_at IS NULL),
+WITH room AS ({_IN_FLIGHT} AND t.paused_at IS NULL
+      AND NOT EXISTS (SELECT FROM model_control m WHERE m.model = :model AND m.paused_at IS NOT NULL)),
   picked AS MATERIALIZED (
-    SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id LEFT JOIN model_control m ON m.model = j.model
-    WHERE j.{_leaves("admit")} AND j.tenant_id = :tenant AND b.paused_at IS NULL AND m.paused_at IS NULL
+    SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id
+    WHERE j.{_leaves("admit")} AND j.tenant_id = :tenant AND j.model = :model AND b.paused_at IS NULL
     ORDER BY j.priority, j.vt, j.id
     LIMIT COALESCE((SELECT GREATEST(max_in_flight - in_flight, 0) FROM room), 0) FOR UPDATE OF j SKIP LOCKED),
   moved AS (
     UPDATE job j SET state = '{State.QUEUED}' FROM picked WHERE j.id = picked.id
-    RETURNING j.batch_id, j.model, '{State.HELD}' AS was, '{State.QUEUED}' AS now),{_TALLY}
-SELECT model FROM moved
+    RETURNING j.batch_id, '{State.HELD}' AS was, '{State.QUEUED}' AS now),{_TALLY}
+SELECT count(*) FROM moved
 """)
 
 HOLD_EXCESS = text(f"""
 WITH room AS ({_IN_FLIGHT}),
   picked AS MATERIALIZED (
     SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id
-    WHERE j.state = '{State.QUEUED}' AND b.tenant_id = :tenant AND b.finished_at IS NULL
+    WHERE j.state = '{State.QUEUED}' AND b.tenant_id = :tenant AND b.model = :model AND b.finished_at IS NULL
     ORDER BY j.priority DESC, j.vt DESC, j.id DESC
     LIMIT COALESCE((SELECT LEAST(GREATEST(in_flight - max_in_flight, 0), :limit) FROM room), 0)
     FOR UPDATE OF j SKIP LOCKED),
@@ -298,12 +329,21 @@ SELECT count(*) FROM moved
 REPRIORITIZE = text("""
 WITH picked AS MATERIALIZED (
     SELECT id FROM job
-    WHERE batch_id = :batch AND state IN ('queued', 'scheduled', 'held') AND priority BETWEEN :least AND 2
-      AND priority <> :priority
+    WHERE batch_id = :batch AND state IN ('queued', 'scheduled', 'held') AND priority <> :priority
     ORDER BY id LIMIT :limit FOR UPDATE),
   moved AS (UPDATE job SET priority = :priority FROM picked WHERE job.id = picked.id RETURNING job.id)
 SELECT count(*) FROM moved
 """)
+
+RAISE_HEAD = text(f"""
+WITH head AS MATERIALIZED (
+    SELECT id FROM job WHERE state = '{State.QUEUED}' AND model = :model AND priority = :priority
+    ORDER BY vt, id LIMIT :limit FOR UPDATE SKIP LOCKED),
+  moved AS (UPDATE job SET priority = 0 FROM head WHERE job.id = head.id RETURNING job.id)
+SELECT count(*) FROM moved
+""")
+
+LOCK_BATCH = text("SELECT FROM batch WHERE id = :batch FOR NO KEY UPDATE")
 
 #: Before one job is canceled: what a worker is just about to write about it comes either before or after.
 LOCK_JOB = text("SELECT FROM job WHERE batch_id = :batch AND idx = :idx FOR UPDATE")

@@ -98,6 +98,10 @@ def test_operators_stop_models_and_tenants(operator: Calls, tenant: TenantIdenti
     problem(operator.patch("/models/nope", json={"paused": True}), 404, "not-found")
     problem(operator.patch("/tenants/nope", json={"paused": True}), 404, "not-found")
     problem(operator.patch(f"/tenants/{tenant.name}", json={"max_in_flight": 0}), 422, "invalid")
+    for nothing in ({}, {"paused": None}):
+        assert operator.patch(f"/tenants/{tenant.name}", json=nothing).json == lifted
+    problem(operator.patch("/tenants/a%00b", json={"paused": True}), 422, "invalid")
+    problem(operator.patch("/workers/a%00b", json={"draining": True}), 422, "invalid")
 
 
 def test_operators_drain_workers(operator: Calls, services: Services) -> None:

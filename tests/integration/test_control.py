@@ -7,9 +7,9 @@ import uuid
 import pytest
 from sqlalchemy import func, select, update
 
-from shared import control, lifecycle
+from shared import control, lifecycle, progress, tenants
 from shared.database import transaction
-from shared.errors import NotFound
+from shared.errors import Conflict, NotFound
 from shared.lifecycle import Failure
 from shared.models import Attempt, Batch, Job, Tenant, TenantClock
 from shared.plan import plan
@@ -18,7 +18,7 @@ from shared.states import Outcome, Priority, State
 from shared.submit import submit
 from shared.tenants import TenantIdentity
 from tests.integration.test_lifecycle import assert_counters_match, claim, result
-from worker.keeper import admit, hold
+from worker.keeper import admit, finish_cancel, hold, promote, reorder
 
 
 def submit_fake(services: Services, tenant: TenantIdentity, count: int, **options: object) -> uuid.UUID:
@@ -152,7 +152,7 @@ def test_a_cap_lets_jobs_in_one_by_one(services: Services, tenant: TenantIdentit
     assert admit.run(services) == 0
     with transaction(services.engine) as connection:
         lifecycle.succeed(connection, uuid.UUID(int=1), [result(job.id) for job in jobs[:2]])
-        assert len(lifecycle.admit(connection, tenant.id)) == 2
+        assert lifecycle.admit(connection, tenant.id, "fake") == 2
     assert states(services, batch) == {State.QUEUED: 2, State.RENDERING: 1, State.SUCCEEDED: 2, State.HELD: 5}
     control.set_tenant(services, tenant.name, uncap=True)
     assert states(services, batch)[State.QUEUED] == 7
@@ -183,3 +183,134 @@ def test_another_tenants_batch_is_not_there(services: Services, tenant: TenantId
         control.set_tenant(services, "nobody", paused=True)
     with pytest.raises(NotFound):
         control.drain_worker(services, "nobody", True)
+
+
+@pytest.fixture
+def other(services: Services) -> TenantIdentity:
+    """A second tenant of equal weight."""
+    with transaction(services.engine) as connection:
+        return TenantIdentity(tenants.ensure_tenant(connection, "other"), "other", 1.0)
+
+
+def work_on(services: Services, tenant: TenantIdentity) -> None:
+    """Let a tenant submit and get 2,000 images, so that its clock goes on; then it waits for five more."""
+    for _ in range(20):
+        submit_fake(services, tenant, 100)
+        token = uuid.uuid4()
+        with transaction(services.engine) as connection:
+            while jobs := claim(connection, 100, token):
+                lifecycle.succeed(connection, token, [result(job.id) for job in jobs])
+    submit_fake(services, tenant, 5)
+
+
+def claims_until(services: Services, tenant: TenantIdentity) -> int:
+    for number in range(1, 600):
+        if claimed(services, uuid.uuid4())[0].tenant_id == tenant.id:
+            return number
+    raise AssertionError
+
+
+@pytest.mark.parametrize("how", ["paused", "failed"])
+def test_what_comes_back_late_does_not_stand_before_all_that_came_meanwhile(
+    services: Services, tenant: TenantIdentity, other: TenantIdentity, how: str
+) -> None:
+    batch = submit_fake(services, tenant, 300)
+    if how == "paused":
+        control.pause_batch(services, tenant.id, batch)
+    else:
+        fail(services, *["x"] * 300)
+    work_on(services, other)
+    if how == "paused":
+        control.resume_batch(services, tenant.id, batch)
+    else:
+        control.retry_batch(services, tenant.id, batch)
+    assert claims_until(services, other) < 20
+
+
+def test_cancel_and_retry_give_no_free_share(services: Services, tenant: TenantIdentity, other: TenantIdentity) -> None:
+    submit_fake(services, other, 100)
+    batches = []
+    for _ in range(5):
+        batches.append(submit_fake(services, tenant, 100))
+        control.cancel_batch(services, tenant.id, batches[-1])
+    for batch in batches:
+        control.retry_batch(services, tenant.id, batch, states=[State.CANCELED])
+    first = [claimed(services, uuid.uuid4())[0].tenant_id for _ in range(100)]
+    assert 45 <= first.count(tenant.id) <= 55
+
+
+def test_pausing_and_going_on_costs_nothing(services: Services, tenant: TenantIdentity) -> None:
+    batch = submit_fake(services, tenant, 10)
+    with transaction(services.engine) as connection:
+        before = connection.execute(select(TenantClock.vt)).scalar_one()
+    for _ in range(3):
+        control.pause_batch(services, tenant.id, batch)
+        control.resume_batch(services, tenant.id, batch)
+    control.pause_batch(services, tenant.id, batch)
+    control.cancel_batch(services, tenant.id, batch)
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(TenantClock.vt)).scalar_one() == pytest.approx(0.0, abs=before / 100)
+
+
+def test_a_retry_keeps_caps_and_pauses(services: Services, tenant: TenantIdentity) -> None:
+    batch = submit_fake(services, tenant, 20)
+    fail(services, *["x"] * 20)
+    control.pause_model(services, "fake", True)
+    assert control.retry_batch(services, tenant.id, batch) == 20
+    assert states(services, batch) == {State.HELD: 20}
+    control.set_tenant(services, tenant.name, max_in_flight=4)
+    control.pause_model(services, "fake", False)
+    assert states(services, batch) == {State.QUEUED: 4, State.HELD: 16}
+
+
+def test_no_retry_while_a_batch_is_being_canceled(services: Services, tenant: TenantIdentity) -> None:
+    batch = submit_fake(services, tenant, 3)
+    fail(services, "x")
+    with transaction(services.engine) as connection:
+        connection.execute(update(Batch).values(cancel_requested_at=func.clock_timestamp()))
+    with pytest.raises(Conflict):
+        control.retry_batch(services, tenant.id, batch)
+    assert finish_cancel.run(services) == 2
+    assert control.retry_batch(services, tenant.id, batch) == 1
+
+
+def test_a_cap_is_for_each_model(services: Services, tenant: TenantIdentity) -> None:
+    control.set_tenant(services, tenant.name, max_in_flight=2)
+    unserved = plan(services.catalogue["demo-diffusion"], {}, prompts=["x"] * 5, max_jobs=10)
+    submit(services, tenant, unserved)
+    assert states(services, submit_fake(services, tenant, 5)) == {State.QUEUED: 2, State.HELD: 3}
+
+
+def test_the_keeper_finishes_a_change_of_priority(services: Services, tenant: TenantIdentity) -> None:
+    submit_fake(services, tenant, 6)
+    [rendering] = claimed(services, uuid.UUID(int=7))
+    with transaction(services.engine) as connection:
+        connection.execute(update(Batch).values(priority=Priority.HIGH.rank, reordering=True))
+    assert reorder.run(services) == 5
+    assert reorder.run(services) == 0
+    with transaction(services.engine) as connection:
+        lifecycle.release(connection, uuid.UUID(int=7), [rendering.id])
+        assert set(connection.execute(select(Job.priority)).scalars()) == {0}, "also what was being rendered"
+
+
+def test_a_backoff_outlasts_a_pause(services: Services, tenant: TenantIdentity) -> None:
+    batch = submit_fake(services, tenant, 1)
+    [job] = claimed(services, uuid.UUID(int=7))
+    with transaction(services.engine) as connection:
+        lifecycle.retry(connection, uuid.UUID(int=7), [Failure(job.id, Outcome.TRANSIENT, "x", "")], [300.0])
+    control.pause_batch(services, tenant.id, batch)
+    assert states(services, batch) == {State.SCHEDULED: 1}
+    with transaction(services.engine) as connection:
+        connection.execute(update(Job).values(run_at=func.clock_timestamp()))
+    assert promote.run(services) == 0
+    assert states(services, batch) == {State.HELD: 1}, "due, and paused"
+
+
+def test_a_late_cancel_does_not_rename_a_finished_batch(services: Services, tenant: TenantIdentity) -> None:
+    batch = submit_fake(services, tenant, 1)
+    [job] = claimed(services, uuid.UUID(int=7))
+    with transaction(services.engine) as connection:
+        lifecycle.succeed(connection, uuid.UUID(int=7), [result(job.id)])
+    control.cancel_batch(services, tenant.id, batch)
+    with transaction(services.engine) as connection:
+        assert progress.batch(connection, tenant.id, batch).state is progress.BatchState.FINISHED

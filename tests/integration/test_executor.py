@@ -279,6 +279,12 @@ def _workers(services: Services) -> list[progress.WorkerView]:
         return progress.workers(connection, lease_seconds=60)
 
 
+def test_only_models_with_work_are_looked_at(services: Services, tenant: TenantIdentity) -> None:
+    submit_fake(services, tenant, [{"prompt": "a"}])
+    with executing(services, *services.catalogue) as executor:
+        assert executor._models_with_work() == ["fake"]
+
+
 def test_a_job_that_this_worker_cannot_read_fails_alone(
     services: Services, tenant: TenantIdentity, executor: Executor
 ) -> None:

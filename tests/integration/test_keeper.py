@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from dataclasses import replace
 
 import redis
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, insert, select, text, update
 
 from shared import lifecycle
 from shared.database import transaction
 from shared.keys import image_key, place_of, thumbnail_key
 from shared.lifecycle import Failure, Result
-from shared.models import Batch, BatchCounter, Job, WebhookOutbox
+from shared.models import Batch, BatchCounter, Job, WebhookOutbox, Worker
 from shared.queue import MAX_BELLS, queue_name
 from shared.services import Services
 from shared.states import Outcome, Priority, State
@@ -31,7 +32,8 @@ def states(services: Services) -> list[str]:
 
 def test_all_services_are_found_in_the_folder() -> None:
     assert set(keeper_services()) == {
-        "admit", "age", "finish_cancel", "fold", "hold", "promote", "prune", "rates", "rescue", "ring", "sweep",
+        "admit", "age", "finish_cancel", "fold", "hold", "promote", "prune", "rates", "reorder", "rescue", "ring",
+        "sweep",
     }  # fmt: skip
 
 
@@ -133,22 +135,62 @@ def test_one_keeper_leads_and_another_takes_over(services: Services) -> None:
     first.resign()
 
 
-def test_what_waits_long_rises_and_never_starves(services: Services, tenant: TenantIdentity) -> None:
-    low = submit_jobs(services, tenant, 6_000)
+def starve(services: Services, batch_id: int, claimed: dict[str, float]) -> None:
+    """Let a batch have waited for an hour, with a worker that has claimed of these classes, so many seconds ago."""
+    row = {
+        "id": uuid.uuid4().hex,
+        "host": "h",
+        "pid": 1,
+        "models": ["fake"],
+        "device": {},
+        "claimed": {"fake": claimed},
+    }
     with transaction(services.engine) as connection:
-        assert lifecycle.reprioritize(connection, low, Priority.LOW, limit=10_000) == 6_000
-        connection.execute(update(Batch).values(priority=Priority.LOW.rank))
+        an_hour_ago = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 1)
+        connection.execute(update(Batch).where(Batch.id == batch_id).values(created_at=an_hour_ago))
+        connection.execute(insert(Worker).values(**row))
+
+
+def test_a_starving_class_gets_its_turn_and_no_more(services: Services, tenant: TenantIdentity) -> None:
+    low = submit_jobs(services, tenant, 100)
+    with transaction(services.engine) as connection:
+        lifecycle.reprioritize(connection, low, Priority.LOW)
+    submit_jobs(services, tenant, 100)
+    assert age.run(services) == 0, "it has not waited for long"
+    starve(services, low, {})
+    assert age.run(services) == 0, "nobody renders this model at all"
+    starve(services, low, {"1": 3.0})
+    assert age.run(services) == 16
+    assert age.run(services) == 0, "one turn at a time"
+    with transaction(services.engine) as connection:
+        assert [claim(connection, token=uuid.uuid4())[0].batch_id for _ in range(20)] == [low] * 16 + [2] * 4
+
+
+def test_a_class_that_is_served_does_not_rise(services: Services, tenant: TenantIdentity) -> None:
+    whale = submit_jobs(services, tenant, 100)
+    starve(services, whale, {"1": 60.0})
     assert age.run(services) == 0
-    submit_jobs(services, tenant, 1)
+
+
+def test_a_batch_that_is_opened_again_is_not_closed(services: Services, tenant: TenantIdentity) -> None:
+    """The keeper finds the batch ended, and before it has the batch's lock a job is queued again."""
+    batch_id = submit_jobs(services, tenant)
     with transaction(services.engine) as connection:
-        hours = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, 2000)
-        connection.execute(update(Batch).where(Batch.id == low).values(created_at=hours))
-    assert age.run(services) == 6_000
-    assert age.run(services) == 0
+        [job] = claim(connection)
+        lifecycle.fail(connection, uuid.UUID(int=7), [Failure(job.id, Outcome.PERMANENT, "x", "y")])
+    closing = threading.Thread(target=fold.run, args=(services,))
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
     with transaction(services.engine) as connection:
-        ranks = connection.execute(select(Job.priority).where(Job.batch_id == low).distinct()).scalars().all()
-        assert ranks == [Priority.NORMAL.rank]
-        assert claim(connection)[0].batch_id == low
+        connection.execute(text("LOCK TABLE batch IN ACCESS EXCLUSIVE MODE"))
+        closing.start()
+        with services.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as looking:
+            wait_for(lambda: looking.execute(waits).scalar_one(), what="the keeper to wait")
+        assert lifecycle.resubmit(connection, batch_id) == 1
+    closing.join()
+    with transaction(services.engine) as connection:
+        assert connection.execute(select(Batch.finished_at)).scalar_one() is None
 
 
 def test_expired_batches_are_pruned_with_their_images(services: Services, tenant: TenantIdentity) -> None:

@@ -86,7 +86,7 @@ VERBS: dict[str, Callable[[Connection, int, int], object]] = {
     "promote": lambda c, batch, job: lifecycle.promote(c),
     "hold": lambda c, batch, job: lifecycle.hold(c, batch),
     "resume": lambda c, batch, job: lifecycle.resume(c, batch),
-    "admit": lambda c, batch, job: lifecycle.admit(c, 1),
+    "admit": lambda c, batch, job: lifecycle.admit(c, 1, "fake"),
     "cancel": lambda c, batch, job: lifecycle.cancel(c, batch),
     "resubmit": lambda c, batch, job: lifecycle.resubmit(c, batch),
 }

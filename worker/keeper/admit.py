@@ -2,22 +2,23 @@
 
 from sqlalchemy import select
 
-from shared import lifecycle
+from shared import control, lifecycle
 from shared.database import transaction
 from shared.models import Tenant
 from shared.services import Services
 
 
 def run(services: Services) -> int:
-    """One look at each tenant with a cap."""
+    """One look at each model of each tenant with a cap."""
     with transaction(services.engine) as connection:
         capped = list(connection.execute(select(Tenant.id).where(Tenant.max_in_flight.is_not(None))).scalars())
     total = 0
     for tenant_id in capped:
-        with transaction(services.engine) as connection:
-            held = lifecycle.hold_excess(connection, tenant_id)
-            models = [] if held else lifecycle.admit(connection, tenant_id)
-        if models:
-            services.bell.ring(set(models))
-        total += held + len(models)
+        for model in control.open_models(services, tenant_id):
+            with transaction(services.engine) as connection:
+                held = lifecycle.hold_excess(connection, tenant_id, model)
+                admitted = 0 if held else lifecycle.admit(connection, tenant_id, model)
+            if admitted:
+                services.bell.ring([model])
+            total += held + admitted
     return total

@@ -4,7 +4,7 @@ import time
 
 from sqlalchemy import select
 
-from shared import control, lifecycle
+from shared import lifecycle
 from shared.database import transaction
 from shared.models import Batch
 from shared.services import Services
@@ -24,6 +24,6 @@ def run(services: Services) -> int:
         moved = lifecycle.CHUNK
         while moved == lifecycle.CHUNK and time.monotonic() < deadline:
             with transaction(services.engine) as connection:
-                moved = control.cancel_chunk(connection, batch_id)
+                moved = lifecycle.cancel(connection, batch_id)
             total += moved
     return total

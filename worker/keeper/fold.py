@@ -1,6 +1,7 @@
 """Closes batches whose last job has ended: folds their counters into one row and writes the event."""
 
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 
 from shared import failpoints
 from shared.database import transaction
@@ -11,20 +12,23 @@ _OPEN_JOBS = " + ".join(f"sum(c.{state})" for state in sorted(OPEN))
 _COLUMNS = ", ".join(State)
 _SUMS = ", ".join(f"sum({state})" for state in State)
 
-# a batch without open jobs can only change by `resubmit`, which locks the batch row too
+_ENDED = f"finished_at IS NULL AND (SELECT {_OPEN_JOBS} FROM batch_counter c WHERE c.batch_id = batch.id) = 0"
+
+_LOCK = text(f"""
+SELECT id FROM batch WHERE {_ENDED} ORDER BY id LIMIT 100 FOR UPDATE SKIP LOCKED
+""")
+
+# A statement of its own, which sees what was committed before the lock was ours. From then on a batch without open
+# jobs stays so: only `resubmit` could open it again, and that waits for this lock.
 _CLOSE = text(f"""
-WITH done AS MATERIALIZED (
-    SELECT b.id FROM batch b
-    WHERE b.finished_at IS NULL
-      AND (SELECT {_OPEN_JOBS} FROM batch_counter c WHERE c.batch_id = b.id) = 0
-    ORDER BY b.id LIMIT 100 FOR UPDATE SKIP LOCKED),
-  closed AS (UPDATE batch SET finished_at = clock_timestamp() FROM done WHERE batch.id = done.id RETURNING batch.id),
+WITH closed AS (
+    UPDATE batch SET finished_at = clock_timestamp() WHERE id = ANY(:ids) AND {_ENDED} RETURNING id, webhook_url),
   outbox AS (
     INSERT INTO webhook_outbox (event, batch_id, payload)
-    SELECT 'batch.finished', b.id, '{{}}' FROM batch b JOIN done ON done.id = b.id WHERE b.webhook_url IS NOT NULL
+    SELECT 'batch.finished', id, '{{}}' FROM closed WHERE webhook_url IS NOT NULL
     ON CONFLICT DO NOTHING)
 SELECT id FROM closed
-""")
+""").bindparams(bindparam("ids", type_=ARRAY(BIGINT)))
 
 _FOLD = text(f"""
 WITH old AS (DELETE FROM batch_counter WHERE batch_id = ANY(:ids) RETURNING *)
@@ -36,7 +40,8 @@ SELECT batch_id, 0, {_SUMS} FROM old GROUP BY batch_id
 def run(services: Services) -> int:
     """Close what is done."""
     with transaction(services.engine) as connection:
-        closed = list(connection.execute(_CLOSE).scalars())
+        ended = list(connection.execute(_LOCK).scalars())
+        closed = list(connection.execute(_CLOSE, {"ids": ended}).scalars()) if ended else []
     if closed:
         failpoints.hit("mid_fold")
         with transaction(services.engine) as connection:

@@ -18,7 +18,7 @@ SELECT b.id FROM batch b JOIN tenant t ON t.id = b.tenant_id LEFT JOIN model_con
 WHERE b.finished_at IS NULL AND b.cancel_requested_at IS NULL"""
 
 _TO_HOLD = text(f"""{_OF} AND {PAUSED}
-  AND (SELECT sum(c.queued + c.scheduled) FROM batch_counter c WHERE c.batch_id = b.id) > 0
+  AND (SELECT sum(c.queued) FROM batch_counter c WHERE c.batch_id = b.id) > 0
 ORDER BY b.id LIMIT 100
 """)
 

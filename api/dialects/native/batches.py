@@ -110,7 +110,7 @@ def change_batch(path: BatchPath, query: NoQuery, body: schemas.BatchChange) -> 
 @blueprint.post(
     "/batches/<batch_id>/retry",
     operation_id="retry_batch",
-    responses={HTTPStatus.ACCEPTED: schemas.Retried, **documented("not-found")},
+    responses={HTTPStatus.ACCEPTED: schemas.Retried, **documented("not-found", "conflict")},
 )
 def retry_batch(path: BatchPath, query: NoQuery, body: schemas.RetryRequest) -> Response:
     """Render failed jobs again, with a clean record; narrowed by error class."""

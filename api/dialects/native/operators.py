@@ -14,6 +14,7 @@ from api.parameters import NoQuery, Parameters
 from api.problems import documented
 from shared import control, tenants
 from shared.database import transaction
+from shared.specs import StorableText
 
 blueprint = guarded_blueprint(
     "operators", __name__, url_prefix=schemas.PREFIX, tag=Tag(name="operators", description="Needs an operator's key")
@@ -23,13 +24,13 @@ blueprint = guarded_blueprint(
 class TenantPath(Parameters):
     """Names a tenant."""
 
-    name: str
+    name: StorableText
 
 
 class WorkerPath(Parameters):
     """Names a worker."""
 
-    worker_id: str
+    worker_id: StorableText
 
 
 class WorkerChange(Parameters):
@@ -43,7 +44,11 @@ class TenantChange(Parameters):
 
     paused: bool | None = Field(None, strict=True, description="Whether its jobs are set aside.")
     max_in_flight: int | None = Field(
-        None, strict=True, ge=1, le=2**31 - 1, description="Most jobs queued or rendered at a time; null lifts the cap."
+        None,
+        strict=True,
+        ge=1,
+        le=2**31 - 1,
+        description="Most jobs of a model queued or rendered at a time; null: any.",
     )
 
 
