@@ -60,7 +60,7 @@ def tenants() -> None:
 @click.argument("tenant")
 @click.argument("jobs", metavar="JOBS|none")
 def cap(tenant: str, jobs: str) -> None:
-    """Set how many jobs of a tenant may be queued or rendered at a time, for each model.
+    """Set how many jobs of a tenant may be in flight, for each model.
 
     \b
     imagefarm cap alice 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Response
 from flask_openapi3.models.tag import Tag
 
-from api.auth import guarded_blueprint, require_operator
+from api.auth import guarded_blueprint, require_operator, tenant
 from api.context import context
 from api.dialects.native import schemas
 from api.dialects.native.schemas import Model, Worker
@@ -57,7 +57,7 @@ def list_workers(query: NoQuery) -> Response:
     services = context().services
     with transaction(services.engine) as connection:
         views = progress.workers(connection, lease_seconds=services.settings.lease_seconds)
-    return schemas.WorkerList(data=[Worker.of(view) for view in views]).response()
+    return schemas.WorkerList(data=[Worker.of(view, for_operator=tenant().operator) for view in views]).response()
 
 
 def _served() -> set[str]:

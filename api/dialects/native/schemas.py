@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, SkipValidation
@@ -375,7 +376,7 @@ class Worker(Answer):
     images: int
     rates: dict[str, dict[str, float]] = Field(description="By model: images_per_second, seconds_per_work.")
     resting: dict[str, dict[str, Any]] = Field(description="Models that it leaves alone after failures.")
-    last_error: str | None
+    last_error: str | None = Field(description="Told to operators only.")
     started_at: Time
     heartbeat_at: Time
     draining_at: Time | None
@@ -383,8 +384,9 @@ class Worker(Answer):
     alive: bool
 
     @classmethod
-    def of(cls, view: WorkerView) -> Self:
-        return cls.model_validate(view)
+    def of(cls, view: WorkerView, *, for_operator: bool) -> Self:
+        # an error may quote another tenant's job
+        return cls.model_validate(view if for_operator else replace(view, last_error=None))
 
 
 class WorkerList(Answer):
