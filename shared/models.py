@@ -314,7 +314,7 @@ class Worker(Base):
     rates: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     #: by model and priority: seconds since the last claim, at the last heartbeat
     claimed: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
-    #: models that it does not pull for now, and why
+    #: models that it leaves alone after failures, and why
     resting: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     last_error: Mapped[str | None]
     #: an operator asked it to claim nothing more

@@ -72,7 +72,7 @@ class Circumstances:
     model_paused: bool
     max_in_flight: int | None
     work_per_job: float
-    #: living workers that serve the model and are not draining, and those of them that leave it alone for now
+    #: living workers that serve the model and are not draining, and those of them that leave it alone after failures
     workers: int
     resting: int
     #: of all these workers together, where they have rendered it
