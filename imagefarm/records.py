@@ -243,6 +243,8 @@ class Worker:
     host: str
     pid: int
     models: list[str]
+    #: jobs that it holds now
+    rendering: int
     #: models that are loaded
     resident: list[str]
     device: Mapping[str, Any]

@@ -210,8 +210,8 @@ class Job(Base):
         # not on lease_expires_at: a heartbeat then stays a heap-only update
         Index("ix_job_rendering", "id", postgresql_where=text("state = 'rendering'")),
         Index("ix_job_scheduled", "run_at", postgresql_where=text("state = 'scheduled'")),
-        # who is admitted next of those that wait for room
-        Index("ix_job_held", "tenant_id", "model", "priority", "vt", "id", postgresql_where=text("state = 'held'")),
+        # who is admitted next of the jobs that wait for room; those of paused batches are not in the way
+        Index("ix_job_held", "batch_id", "priority", "vt", "id", postgresql_where=text("state = 'held'")),
         Index("ix_job_unsuccessful", "batch_id", "id", postgresql_where=text("state IN ('failed', 'canceled')")),
         Index("ix_job_open", "batch_id", "id", postgresql_where=text("state IN ('queued', 'scheduled', 'held')")),
         {
@@ -314,7 +314,7 @@ class Worker(Base):
     rates: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     #: by model and priority: seconds since the last claim, at the last heartbeat
     claimed: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
-    #: models that it does not pull for now, and why
+    #: models that it leaves alone after failures, and why
     resting: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     last_error: Mapped[str | None]
     #: an operator asked it to claim nothing more

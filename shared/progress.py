@@ -138,6 +138,8 @@ class WorkerView:
     host: str
     pid: int
     models: list[str]
+    #: jobs that it holds now
+    rendering: int
     resident: list[str]
     device: dict[str, Any]
     images: int
@@ -327,9 +329,11 @@ def workers(connection: Connection, *, lease_seconds: float) -> list[WorkerView]
     """Workers that have not said goodbye, the living ones first."""
     age = func.extract("epoch", func.clock_timestamp() - Worker.heartbeat_at)
     alive = (age < lease_seconds).label("alive")
+    holds = select(func.count()).where(Job.state == State.RENDERING, Job.claimed_by == Worker.id).scalar_subquery()
+    rendering = holds.label("rendering")
     statement = (
         select(Worker, alive)
-        .with_only_columns(*Worker.__table__.columns, alive)
+        .with_only_columns(*Worker.__table__.columns, alive, rendering)
         .where(Worker.stopped_at.is_(None), age < 86_400)
         .order_by(alive.desc(), Worker.host, Worker.pid)
     )

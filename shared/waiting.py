@@ -39,6 +39,19 @@ SELECT count(*) FROM (
     LIMIT :most) AS ahead
 """)
 
+# what a cap lets in before this job: its tenant's jobs of the model in flight, and those held before it
+_ADMITTED_BEFORE = text("""
+SELECT COALESCE(sum(flying.jobs + held.jobs), 0)
+FROM (SELECT tenant_id, model, priority, vt, id FROM job WHERE batch_id = :batch AND idx = :idx) AS mine
+JOIN batch b ON b.tenant_id = mine.tenant_id AND b.model = mine.model AND b.finished_at IS NULL AND b.paused_at IS NULL
+CROSS JOIN LATERAL (
+    SELECT COALESCE(sum(queued + rendering), 0) AS jobs FROM batch_counter WHERE batch_id = b.id) AS flying
+CROSS JOIN LATERAL (
+    SELECT count(*) AS jobs FROM (
+        SELECT FROM job WHERE batch_id = b.id AND state = 'held'
+          AND (priority, vt, id) < (mine.priority, mine.vt, mine.id) LIMIT :most) AS before) AS held
+""")
+
 _QUEUES = text("""
 SELECT b.model, sum(c.queued) AS queued, sum(c.scheduled) AS scheduled, sum(c.held) AS held,
        sum(c.rendering) AS rendering,
@@ -72,7 +85,7 @@ class Circumstances:
     model_paused: bool
     max_in_flight: int | None
     work_per_job: float
-    #: living workers that serve the model and are not draining, and those of them that leave it alone for now
+    #: living workers that serve the model and are not draining, and those of them that leave it alone after failures
     workers: int
     resting: int
     #: of all these workers together, where they have rendered it
@@ -157,10 +170,13 @@ def of_batch(connection: Connection, batch: BatchView, *, lease_seconds: float) 
 def of_job(connection: Connection, job: JobView, *, lease_seconds: float) -> Waiting:
     """Why a job waits, with its place in the queue."""
     found = circumstances(connection, job.batch_id, lease_seconds=lease_seconds)
-    if job.state is not State.QUEUED:
+    paused = found.batch_paused or found.tenant_paused or found.model_paused
+    capped = job.state is State.HELD and found.max_in_flight is not None
+    if paused or not (job.state is State.QUEUED or capped):
         return Waiting(found.reason(job.state, job.run_at))
     values = {"batch": job.batch_id, "idx": job.idx, "most": MOST_AHEAD}
-    ahead = int(connection.execute(_AHEAD, values).scalar_one())
+    counted = connection.execute(_ADMITTED_BEFORE if capped else _AHEAD, values).scalar_one()
+    ahead = min(int(counted), MOST_AHEAD)
     eta = found.seconds_for(ahead + 1) if ahead < MOST_AHEAD else None
     return Waiting(found.reason(job.state, ahead=ahead), ahead, eta)
 

@@ -16,8 +16,8 @@ from shared.states import Outcome
 
 logger = logging.getLogger(__name__)
 
-#: what says something about the worker or the vendor; a permanent failure says something about the job
-_TELLING = frozenset({Outcome.TRANSIENT, Outcome.RESOURCE})
+#: what says something about the worker or the vendor; other failures say something about the job
+_TELLING = frozenset({Outcome.TRANSIENT})
 _LONGEST = 16
 
 

@@ -49,20 +49,28 @@ class ChildWatch:
         threading.Thread(target=self._watch, name="child-watch", daemon=True).start()
 
     def _watch(self) -> None:
+        dead: list[str] = []
         while True:
             time.sleep(_LOOK_SECONDS)
             told = self._memory.value
             pid, _, worker_id = told.decode(errors="replace").partition(" ")
-            if not worker_id or _lives(int(pid)):
-                continue
-            if self._memory.value == told:
-                self._memory.value = b""
-            try:
-                self._bury(worker_id)
-            except FarmError as error:
-                logger.warning("the leases of %s could not be ended, they run out: %s", worker_id, error)
-            except Exception:
-                logger.exception("the leases of %s could not be ended, they run out", worker_id)
+            if worker_id and not _lives(int(pid)):
+                # the next child writes here too
+                if self._memory.value == told:
+                    self._memory.value = b""
+                dead.append(worker_id)
+            # while the database is away they stay on the list; the leases may run out before
+            dead = [one for one in dead if not self._try_to_bury(one)]
+
+    def _try_to_bury(self, worker_id: str) -> bool:
+        try:
+            self._bury(worker_id)
+        except FarmError as error:
+            logger.warning("the leases of %s cannot be ended yet: %s", worker_id, error)
+            return False
+        except Exception:
+            logger.exception("the leases of %s could not be ended, they run out", worker_id)
+        return True
 
     def _bury(self, worker_id: str) -> None:
         """End the leases of a dead child and ring for its jobs."""

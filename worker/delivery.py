@@ -154,7 +154,7 @@ class Delivery:
         patiently = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(StorageError),
             wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0, jitter=0.2),
-            stop=lambda state: self._gives_up(lease, state),
+            stop=lambda state: self._gives_up(lease, len(data), state),
             before_sleep=self._complain,
             sleep=self._nap,
             reraise=True,
@@ -165,7 +165,7 @@ class Delivery:
     def _nap(self, seconds: float) -> None:
         self._stopping.wait(seconds)
 
-    def _gives_up(self, lease: Lease, state: tenacity.RetryCallState) -> bool:
+    def _gives_up(self, lease: Lease, size: int, state: tenacity.RetryCallState) -> bool:
         if self._stopping.is_set():
             raise Interrupted
         if not self._leases.is_wanted(lease.token, lease.job_id):
@@ -173,7 +173,8 @@ class Delivery:
         if (state.seconds_since_start or 0.0) < _DOUBT_SECONDS:
             return False
         with contextlib.suppress(StorageError):
-            self._storage.check()
+            # of the same size: a full disk still takes a small object
+            self._storage.check(size)
             return True
         return False
 

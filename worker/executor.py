@@ -194,10 +194,10 @@ class Executor:
         self._leases.hold(claim.token, [job.id for job in claim.jobs])
         unwanted = [job.id for job in claim.jobs if job.cancel_requested]
         paused = [job.id for job in claim.jobs if job.paused and not job.cancel_requested]
-        self._reporter.drop(claim.token, unwanted)
-        self._reporter.release(claim.token, paused, "its batch, tenant or model is paused")
         waiting = {job.id: job for job in claim.jobs if not job.cancel_requested and not job.paused}
         try:
+            self._reporter.drop(claim.token, unwanted)
+            self._reporter.release(claim.token, paused, "its batch, tenant or model is paused")
             engine = self._engine(claim.model) if waiting else None
             tasks = self._tasks(claim, waiting)
             if engine is not None and tasks:

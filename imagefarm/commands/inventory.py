@@ -71,7 +71,7 @@ def workers() -> None:
         say("no workers; start one with `imagefarm worker` (or `imagefarm up`)", "yellow")
         return
     table = plain_table(
-        "worker", "state", "device", "serves", "loaded", "images", "images/s", "heartbeat", "last error"
+        "worker", "state", "device", "serves", "loaded", "renders", "images", "images/s", "heartbeat", "last error"
     )
     for worker in found:
         age = (datetime.now(UTC) - worker.heartbeat_at).total_seconds() if worker.heartbeat_at else None
@@ -82,6 +82,7 @@ def workers() -> None:
             str(worker.device.get("name") or worker.device.get("type") or ""),
             ", ".join(worker.models),
             ", ".join(worker.resident),
+            str(worker.rendering or ""),
             str(worker.images),
             ", ".join(f"{model} {rate['images_per_second']:.3g}" for model, rate in worker.rates.items()),
             beat,

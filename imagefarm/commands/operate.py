@@ -17,7 +17,7 @@ from shared.errors import NotFound
 def drain(worker: tuple[str, ...]) -> None:
     """Let workers claim nothing more; what they render now is finished.
 
-    WORKER is an id of `imagefarm workers`, or the beginning of ids: `imagefarm drain gpu-host-3` drains a machine.
+    WORKER is an id of `imagefarm workers`, or its machine: `imagefarm drain gpu-host-3` drains all workers there.
     """
     _drain(worker, draining=True)
 
@@ -39,9 +39,14 @@ def _drain(names: Sequence[str], *, draining: bool) -> None:
 def _meant(farm: Farm, names: Sequence[str]) -> list[Worker]:
     workers = farm.workers()
     for name in names:
-        if not any(worker.id.startswith(name) for worker in workers):
-            raise NotFound(f"no worker's id begins with {name!r}; `imagefarm workers` lists them")
-    return [worker for worker in workers if worker.id.startswith(tuple(names))]
+        if not any(_is_called(worker, name) for worker in workers):
+            raise NotFound(f"no worker or machine is called {name!r}; `imagefarm workers` lists them")
+    return [worker for worker in workers if any(_is_called(worker, name) for name in names)]
+
+
+def _is_called(worker: Worker, name: str) -> bool:
+    # an id is HOST-PID-RANDOM; gpu-1 is not gpu-10
+    return worker.id == name or worker.id.rsplit("-", 2)[0] == name
 
 
 @click.command()
@@ -60,7 +65,7 @@ def tenants() -> None:
 @click.argument("tenant")
 @click.argument("jobs", metavar="JOBS|none")
 def cap(tenant: str, jobs: str) -> None:
-    """Set how many jobs of a tenant may be queued or rendered at a time, for each model.
+    """Set how many jobs of a tenant may be in flight, for each model.
 
     \b
     imagefarm cap alice 8

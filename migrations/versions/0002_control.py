@@ -43,7 +43,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_job_held",
         "job",
-        ["tenant_id", "model", "priority", "vt", "id"],
+        ["batch_id", "priority", "vt", "id"],
         unique=False,
         postgresql_where=sa.text("state = 'held'"),
     )

@@ -18,6 +18,7 @@ import torch
 from data_parallel import Member, run
 from train_decoder import train_decoder
 from train_denoiser import train_denoiser
+from train_together import train_together
 from train_vae import train_vae
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +54,9 @@ def stages(member: Member, options: argparse.Namespace) -> None:
         train_decoder(member, options, log)
     if "denoiser" in todo:
         train_denoiser(member, options, log)
+    if "together" in todo:
+        member.wait()
+        train_together(member, options, log)
 
 
 def arguments() -> argparse.Namespace:
@@ -62,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", default=str(HERE.parent / "demo-diffusion"), help="pipeline folder to write")
     parser.add_argument("--loss-csv", default=str(HERE / "demo-diffusion.loss.csv"), help="thinned loss log to write")
     parser.add_argument("--work", default=".cache/train-diffusion", help="folder for checkpoints and cached latents")
-    parser.add_argument("--stages", default="vae,decoder,denoiser", help="stages to run, in this order")
+    parser.add_argument("--stages", default="vae,decoder,denoiser,together", help="stages to run, in this order")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -73,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes whose latents are cached")
     parser.add_argument("--steps", type=int, default=8_000, help="steps of the second stage")
+    parser.add_argument("--together-steps", type=int, default=7_500, help="steps of the last stage")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3, help="top learning rate of the second stage")
     parser.add_argument("--ema", type=float, default=0.9993, help="decay of the weights' moving average")

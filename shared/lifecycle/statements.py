@@ -301,11 +301,15 @@ _IN_FLIGHT = """
 ADMIT = text(f"""
 WITH room AS ({_IN_FLIGHT} AND t.paused_at IS NULL
       AND NOT EXISTS (SELECT FROM model_control m WHERE m.model = :model AND m.paused_at IS NOT NULL)),
+  places AS (SELECT COALESCE((SELECT GREATEST(max_in_flight - in_flight, 0) FROM room), 0) AS free),
+  first AS MATERIALIZED (
+    SELECT j.id FROM batch b CROSS JOIN LATERAL (
+        SELECT id, priority, vt FROM job WHERE batch_id = b.id AND {_leaves("admit")}
+        ORDER BY priority, vt, id LIMIT (SELECT free FROM places)) j
+    WHERE b.tenant_id = :tenant AND b.model = :model AND b.finished_at IS NULL AND b.paused_at IS NULL
+    ORDER BY j.priority, j.vt, j.id LIMIT (SELECT free FROM places)),
   picked AS MATERIALIZED (
-    SELECT j.id FROM job j JOIN batch b ON b.id = j.batch_id
-    WHERE j.{_leaves("admit")} AND j.tenant_id = :tenant AND j.model = :model AND b.paused_at IS NULL
-    ORDER BY j.priority, j.vt, j.id
-    LIMIT COALESCE((SELECT GREATEST(max_in_flight - in_flight, 0) FROM room), 0) FOR UPDATE OF j SKIP LOCKED),
+    SELECT id FROM job WHERE id IN (SELECT id FROM first) AND {_leaves("admit")} FOR UPDATE SKIP LOCKED),
   moved AS (
     UPDATE job j SET state = '{State.QUEUED}' FROM picked WHERE j.id = picked.id
     RETURNING j.batch_id, '{State.HELD}' AS was, '{State.QUEUED}' AS now),{_TALLY}

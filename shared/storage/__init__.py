@@ -72,8 +72,8 @@ class Storage(Protocol):
         by the API itself.
         """
 
-    def check(self) -> None:
-        """Prove that this storage can be written, read and deleted. Raises `StorageError` with the remedy."""
+    def check(self, size: int = 32) -> None:
+        """Prove that `size` bytes can be written, read and deleted. Raises `StorageError` with the remedy."""
 
 
 def schemes() -> list[str]:

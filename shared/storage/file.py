@@ -209,9 +209,9 @@ class FileStorage:
             raise StorageMisconfigured(f"{path} is damaged: delete it (links given out so far will stop working)")
         return secret
 
-    def check(self) -> None:
+    def check(self, size: int = 32) -> None:
         """Write, read and delete a small file, and clear away what dead processes left unfinished."""
-        key, data = f"_check/{secrets.token_hex(8)}", secrets.token_bytes(32)
+        key, data = f"_check/{secrets.token_hex(8)}", secrets.token_bytes(size)
         self.put(key, data, content_type="application/octet-stream")
         try:
             if self.get(key) != data:

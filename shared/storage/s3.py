@@ -154,9 +154,9 @@ class S3Storage:
             )
         return url
 
-    def check(self) -> None:
+    def check(self, size: int = 32) -> None:
         """Write, read and delete a small object."""
-        key, data = f"_check/{secrets.token_hex(8)}", secrets.token_bytes(32)
+        key, data = f"_check/{secrets.token_hex(8)}", secrets.token_bytes(size)
         self.put(key, data, content_type="application/octet-stream")
         try:
             info = self.head(key)

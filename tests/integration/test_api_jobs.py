@@ -287,7 +287,7 @@ def test_workers_are_listed(api: Calls, services: Services) -> None:
     [worker] = (api.get("/workers").json or {})["data"]
     assert set(worker) == {
         "id", "host", "pid", "models", "resident", "device", "images", "last_error", "started_at", "heartbeat_at",
-        "alive", "rates", "resting", "draining_at", "state",
+        "alive", "rates", "resting", "rendering", "draining_at", "state",
     }  # fmt: skip
     assert (worker["id"], worker["models"], worker["device"], worker["alive"]) == (
         "w1", ["fake"], {"name": "none"}, True,

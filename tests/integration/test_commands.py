@@ -180,7 +180,7 @@ def test_operating(run: Run, farm: Farm) -> None:
     assert batch.refresh().state_reason == "no live worker serves fake"
     assert "claims again" in run("undrain", worker.id).stderr
     assert batch.wait(30).succeeded == 1
-    assert "no worker's id begins with" in run("drain", "nobody").stderr
+    assert "no worker or machine is called" in run("drain", "nobody").stderr
     assert "local" in run("tenants").stdout
     assert run("cap", "local", "5").exit_code == 0
     assert "at most 5" in run("tenants").stdout

@@ -84,6 +84,15 @@ def test_every_other_reason(services: Services, tenant: TenantIdentity) -> None:
     assert of_job(services, tenant, batch, 2).reason == "its tenant may have 1 jobs in flight"
 
 
+def test_the_place_of_a_job_that_a_cap_keeps_out(services: Services, tenant: TenantIdentity) -> None:
+    say_hello(services, rates={"fake": {"images_per_second": 2.0, "seconds_per_work": 0.5}})
+    with transaction(services.engine) as connection:
+        connection.execute(update(Tenant).values(max_in_flight=4))
+    first, second = submit_fake(services, tenant, 10), submit_fake(services, tenant, 10)
+    assert of_job(services, tenant, first, 9) == waiting.Waiting("its tenant may have 4 jobs in flight", 9, 5.0)
+    assert of_job(services, tenant, second, 0).ahead == 10
+
+
 def test_wanted_workers_follow_the_waiting_work(services: Services, tenant: TenantIdentity) -> None:
     empty = queue(services)
     assert (empty.queued, empty.wanted_workers, empty.live_workers, empty.oldest_wait_seconds) == (0, 0, 0, None)

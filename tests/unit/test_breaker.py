@@ -34,12 +34,12 @@ def test_other_failures_and_successes_between_begin_anew() -> None:
         found.failed("m", Outcome.TRANSIENT, error_class)
     found.succeeded("m")
     for _ in range(2):
-        found.failed("m", Outcome.RESOURCE, "a")
+        found.failed("m", Outcome.TRANSIENT, "a")
     assert not found.rests("m")
     assert found.view() == {}
 
 
-@pytest.mark.parametrize("outcome", [Outcome.PERMANENT, Outcome.BUDGET, Outcome.CANCELED])
+@pytest.mark.parametrize("outcome", [Outcome.PERMANENT, Outcome.RESOURCE, Outcome.BUDGET, Outcome.CANCELED])
 def test_what_is_the_jobs_own_fault_says_nothing_of_the_model(outcome: Outcome) -> None:
     found = breaker()
     for _ in range(10):

@@ -63,7 +63,7 @@ class Backend:
                 code, reason = "model_missing", "is not on this machine, and IMAGEFARM_ALLOW_DOWNLOADS is off"
             raise Permanent(f"{self._entry.name} {reason}: {_short(error)}", code=code) from error
         except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            # RuntimeError holds NotImplementedError: weights of other names leave the network without any
+            # RuntimeError holds NotImplementedError: weights of other names leave the network empty
             raise Permanent(f"{self._entry.name} cannot be loaded: {_short(error)}", code="model_corrupt") from error
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline

@@ -7,6 +7,9 @@ from shared.database import transaction
 from shared.models import Tenant
 from shared.services import Services
 
+#: the last ones are found by sorting all, so it is better to take many at once
+_AT_A_TIME = 4 * lifecycle.CHUNK
+
 
 def run(services: Services) -> int:
     """One look at each model of each tenant with a cap."""
@@ -16,7 +19,7 @@ def run(services: Services) -> int:
     for tenant_id in capped:
         for model in control.open_models(services, tenant_id):
             with transaction(services.engine) as connection:
-                held = lifecycle.hold_excess(connection, tenant_id, model)
+                held = lifecycle.hold_excess(connection, tenant_id, model, limit=_AT_A_TIME)
                 admitted = 0 if held else lifecycle.admit(connection, tenant_id, model)
             if admitted:
                 services.bell.ring([model])
