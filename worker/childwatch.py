@@ -1,7 +1,7 @@
 """The parent's eye on the process that renders: when it dies, its leases end at once instead of running out.
 
-The child tells its worker id through memory that both share. Whoever dies by SIGKILL, an out-of-memory kill or a
-segmentation fault says nothing; the parent sees the process vanish.
+A child tells its worker id through memory that it shares with the parent. Whoever dies by SIGKILL, an out-of-memory
+kill or a segmentation fault says nothing; the parent sees the process vanish.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25
 _LONGEST_ID = 256
+#: children that may be dead and not buried yet, while the next one lives already
+_SLOTS = 16
 
 
 class ChildWatch:
@@ -34,33 +36,40 @@ class ChildWatch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._memory = RawArray("c", _LONGEST_ID)
+        # a slot for each child: the next one may be there before the parent has seen that the last one died
+        self._slots = [RawArray("c", _LONGEST_ID) for _ in range(_SLOTS)]
 
     def here(self, worker_id: str) -> None:
         """This process renders under that id from now on."""
-        self._memory.value = f"{os.getpid()} {worker_id}".encode()[: _LONGEST_ID - 1]
+        free = next((slot for slot in self._slots if not slot.value), None)
+        if free is None:
+            logger.error("too many dead children wait to be buried; if this one dies too, its leases run out")
+            return
+        free.value = f"{os.getpid()} {worker_id}".encode()[: _LONGEST_ID - 1]
 
     def gone(self) -> None:
         """This process has given everything back and may end."""
-        self._memory.value = b""
+        mine = f"{os.getpid()} ".encode()
+        for slot in self._slots:
+            if slot.value.startswith(mine):
+                slot.value = b""
+
+    def told(self, worker_id: str) -> bool:
+        """Whether a child of this id has said that it is here, and neither left nor been buried."""
+        return any(slot.value.partition(b" ")[2] == worker_id.encode() for slot in self._slots)
 
     def start(self) -> None:
         """Begin to watch, in a thread of the parent."""
         threading.Thread(target=self._watch, name="child-watch", daemon=True).start()
 
     def _watch(self) -> None:
-        dead: list[str] = []
         while True:
             time.sleep(_LOOK_SECONDS)
-            told = self._memory.value
-            pid, _, worker_id = told.decode(errors="replace").partition(" ")
-            if worker_id and not _lives(int(pid)):
-                # the next child writes here too
-                if self._memory.value == told:
-                    self._memory.value = b""
-                dead.append(worker_id)
-            # while the database is away they stay on the list; the leases may run out before
-            dead = [one for one in dead if not self._try_to_bury(one)]
+            for slot in self._slots:
+                pid, _, worker_id = slot.value.decode(errors="replace").partition(" ")
+                # while the database is away the dead keep their slots; their leases may run out before
+                if worker_id and not _lives(int(pid)) and self._try_to_bury(worker_id):
+                    slot.value = b""
 
     def _try_to_bury(self, worker_id: str) -> bool:
         try:

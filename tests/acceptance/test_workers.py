@@ -181,9 +181,9 @@ def test_a_worker_that_starts_before_its_storage_works_as_soon_as_it_is_there(
 def test_the_parent_ends_the_leases_of_a_dead_child_at_once(
     services: Services, tenant: TenantIdentity, quick: Settings, tmp_path: Path
 ) -> None:
-    # with a lease that outlasts the test only the parent can have noticed; the keeper rings where a bell died too
+    # without a keeper and with a lease that outlasts the test, only the parent can have noticed
     patient = quick.model_copy(update={"lease_seconds": 600.0})
-    with celery_worker(patient, tmp_path / "worker.log", "fake") as worker, keeper(patient, tmp_path / "keeper.log"):
+    with celery_worker(patient, tmp_path / "worker.log", "fake") as worker:
         batch = submit_fake(services, tenant, 20, step_seconds=0.1, num_inference_steps=5)
         wait_for(lambda: view(services, tenant, batch).counts[State.RENDERING], what="the first claim")
         [before] = workers(services)
